@@ -1,0 +1,91 @@
+"""Run notebooks by nbdev_test's rules and store their outputs.
+
+    python tools/run_nbs.py [--check] [--slow] [NOTEBOOK ...]      (no notebook: all of nbs/)
+
+Cells that nbdev_test would skip keep the outputs they have.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["IN_TEST"] = "1"
+
+import warnings
+
+warnings.filterwarnings("ignore")
+
+from execnb.nbio import write_nb
+from execnb.shell import CaptureShell
+from fastcore.basics import str2bool
+from fastcore.xtras import working_directory
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import NBProcessor
+
+
+def skip_cell(cell, flags: set[str]) -> bool:
+    "True for a cell that nbdev_test does not run."
+    if cell.cell_type != "code" or "nbdev_export" + "(" in cell.source:
+        return True
+    directives = getattr(cell, "directives_", {}) or {}
+    if directives.get("eval:", [""])[0].lower() == "false":
+        return True
+    return bool(flags & directives.keys())
+
+
+def run(path: Path, save: bool = True, slow: bool = False) -> bool:
+    "Run one notebook in its folder; store outputs unless `save` is False. True if every cell ran."
+    from execnb.nbio import read_nb
+
+    flags = set(get_config().tst_flags.split()) - ({"slow"} if slow else set())
+    processed = NBProcessor(path, procs=FrontmatterProc, process=True).nb
+    if str2bool(getattr(processed, "frontmatter_", {}).get("skip_exec", False)):
+        print(f"skipped {path.name} (skip_exec)")
+        return True
+    raw = read_nb(path)                                  # processing strips directives: run these cells, keep the rest
+    skipped = {i for i, cell in enumerate(processed.cells) if skip_cell(cell, flags)}
+    order = iter(range(len(raw.cells)))
+
+    def skip(cell):
+        return next(order) in skipped
+
+    start, shell = time.time(), CaptureShell(path)
+    shell.run_cell("%config InlineBackend.figure_formats = ['svg']")
+    shell.run_cell("%config InlineBackend.print_figure_kwargs = {'metadata': {'Date': None, 'Creator': None}}")
+    try:
+        with working_directory(path.parent):
+            shell.run_all(raw, exc_stop=True, preproc=skip)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        sys.stderr.write(shell.prettytb(fname=path) + "\n")
+        return False
+    if save:
+        clean_nb(raw)
+        write_nb(raw, path)
+    print(f"ran {path.name} in {time.time() - start:.1f} s")
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all)")
+    parser.add_argument("--check", action="store_true", help="run without storing outputs")
+    parser.add_argument("--slow", action="store_true", help="run cells flagged slow, too")
+    args = parser.parse_args()
+    paths = args.notebooks or sorted(nbglob(as_path=True))
+    failed = [p.name for p in paths if not run(Path(p).absolute(), save=not args.check, slow=args.slow)]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
