@@ -1,0 +1,65 @@
+# Every target sets up what it needs: a virtual environment in .venv with this package and its tools.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+ARGS   ?=
+
+export PYTHONWARNINGS=ignore
+export TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-all nbtest site figures lab lint export fresh readme clean
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create .venv and install the package with its tools (once, and again when the requirements change)
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "strlora needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: $(READY)  ## the main job: train StrLoRA on the mini benchmark, then table and pictures (ARGS="..." goes to `strlora run`)
+	$(VENV)/bin/strlora run $(ARGS)
+
+test: $(READY)  ## the tests: modules, notebooks, house rules (ARGS="..." goes to pytest)
+	$(PY) -m pytest $(ARGS)
+
+test-all: $(READY)  ## the tests with the slow ones
+	$(PY) -m pytest --slow $(ARGS)
+
+nbtest: $(READY)  ## nbdev_test, what `make test` runs notebook by notebook
+	$(VENV)/bin/nbdev_test --n_workers 2 --timing
+
+site: $(READY)  ## build the documentation in _docs and check every link, anchor and picture
+	$(PY) tools/build_site.py
+
+figures: $(READY)  ## redraw the figure notebooks (nbs/2*) from the committed artefacts
+	$(PY) tools/run_nbs.py $(sort $(wildcard nbs/2*_fig_*.ipynb))
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	$(VENV)/bin/jupyter lab --notebook-dir nbs
+
+lint: $(READY)  ## ruff, mypy and the import contracts
+	$(VENV)/bin/ruff check nbs tests tools
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+export: $(READY)  ## write the package from the notebooks and clean them
+	$(VENV)/bin/nbdev_export
+	$(VENV)/bin/nbdev_clean
+
+readme: $(READY)  ## write README.md from nbs/index.ipynb
+	$(PY) tools/make_readme.py
+
+fresh: $(READY)  ## check that package, README and notebooks are in step
+	$(PY) -m pytest -q tests/test_house.py
+
+clean:  ## remove what was built; keeps .venv
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,320 @@
+"The rules of the house: what is generated is fresh, notebooks are clean, layers hold, nothing unsafe is shipped."
+import ast
+import configparser
+import difflib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
+PACKAGE = sorted((ROOT / "strlora").rglob("*.py"))
+SETTINGS = configparser.ConfigParser(delimiters=["="], interpolation=None)
+SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
+META = SETTINGS["DEFAULT"]
+ids = {"ids": lambda p: str(Path(p).name)}
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def cells(path: Path, kind: str = "code") -> list[dict]:
+    return [dict(c, source="".join(c["source"])) for c in json.loads(read(path))["cells"] if c["cell_type"] == kind]
+
+
+def directives(source: str) -> set[str]:
+    return {m.group(1).rstrip(":") for m in re.finditer(r"^#\|\s*(\S+)", source, re.M)}
+
+
+def code(source: str) -> str:
+    "A cell without directives and magics."
+    return "\n".join(line for line in source.split("\n") if not re.match(r"\s*(#\||%|!)", line))
+
+
+def tool(name: str):
+    "A module of tools/."
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tracked() -> list[Path]:
+    "Files of the repository; without git, what a source archive would hold."
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode: pytest.skip("needs a git checkout")
+    return [ROOT / f for f in done.stdout.split("\0") if f and (ROOT / f).is_file()]
+
+
+def imported(source: str, package: str = "") -> set[str]:
+    "Absolute names of the modules that `source` imports, also inside functions."
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): names |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level: base = ".".join(filter(None, [*package.split(".")[:len(package.split(".")) - node.level + 1], base]))
+            names |= {base, *(f"{base}.{a.name}" for a in node.names)}
+    return names
+
+
+# --- what is generated is fresh ------------------------------------------------------------------------------------
+
+def test_package_is_exported_from_the_notebooks(tmp_path):
+    "Export into an empty folder and compare, the index of symbols included."
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copyfile(ROOT / "settings.ini", tmp_path / "settings.ini")
+    (tmp_path / "strlora").mkdir()
+    for init in (ROOT / "strlora").rglob("__init__.py"):
+        target = tmp_path / init.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(init, target)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+                          cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fresh = {p.relative_to(tmp_path) for p in (tmp_path / "strlora").rglob("*.py")}
+    here = {p.relative_to(ROOT) for p in PACKAGE}
+    assert fresh == here, f"only exported: {sorted(map(str, fresh - here))}; only in the package: {sorted(map(str, here - fresh))}"
+    changed = [str(p) for p in sorted(fresh) if read(tmp_path / p) != read(ROOT / p)]
+    diff = "".join(difflib.unified_diff(read(ROOT / changed[0]).splitlines(True), read(tmp_path / changed[0]).splitlines(True),
+                                        "package", "notebook", n=1)) if changed else ""
+    assert not changed, f"run nbdev_export: {changed} differ from the notebooks\n{diff[:2000]}"
+
+
+def test_readme_is_rendered_from_the_index():
+    assert not tool("make_readme").stale(), "run: make readme"
+
+
+@pytest.mark.parametrize("here,there", [("_quarto.yml", "nbs/_quarto.yml"), ("CONTRIBUTING.md", "nbs/contributing.md"),
+                                        ("CHANGELOG.md", "nbs/changelog.md")])
+def test_links_in_nbs_hold_the_same_text(here, there):
+    "They are symbolic links; a checkout that turns them into files with a path inside fails here."
+    assert read(ROOT / here) == read(ROOT / there)
+
+
+def test_site_settings_come_from_settings_ini():
+    website = yaml.safe_load(read(ROOT / "nbs/nbdev.yml"))["website"]
+    assert website["site-url"] == META["doc_host"] + META["doc_baseurl"]
+    assert website["repo-url"] == META["git_url"] and website["description"] == META["description"]
+
+
+def test_every_notebook_is_in_the_sidebar_once():
+    listed = re.findall(r"\b([\w-]+\.ipynb)", read(ROOT / "nbs/sidebar.yml"))
+    assert sorted(listed) == sorted(p.name for p in NBS)
+
+
+def test_versions_agree():
+    assert f'__version__ = "{META["version"]}"' in read(ROOT / "strlora/__init__.py")
+    assert str(yaml.safe_load(read(ROOT / "CITATION.cff"))["version"]) == META["version"]
+    assert META["version"] in read(ROOT / "CHANGELOG.md")
+
+
+# --- notebooks -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", NBS, **ids)
+def test_notebook_is_clean(path):
+    "What nbdev_clean would leave: no execution counts, no stray metadata."
+    from execnb.nbio import nb2str, read_nb
+    from nbdev.clean import clean_nb
+
+    notebook = read_nb(path)
+    clean_nb(notebook)
+    assert nb2str(notebook) == read(path), "run: nbdev_clean"
+
+
+MACHINE_PATH = re.compile(r"""(?<![\w./:<])(?:/(?:home|root|work|tmp|usr|opt|Users|mnt|var|srv|build)/[\w.-]|[A-Z]:\\\\?\w)""")
+
+
+@pytest.mark.parametrize("path", NBS, **ids)
+def test_outputs_hold_no_errors_warnings_or_machine_paths(path):
+    for n, cell in enumerate(cells(path)):
+        for out in cell["outputs"]:
+            assert out["output_type"] != "error", f"code cell {n} stores an error"
+            words = "".join(out.get("text", ""))
+            for kind, value in out.get("data", {}).items():
+                if kind.startswith("text/"): words += "".join(value)
+            assert "Traceback (most recent call last)" not in words, f"code cell {n} stores a traceback"
+            assert not re.search(r"\b\w*Warning: ", words), f"code cell {n} stores a warning"
+            assert not MACHINE_PATH.search(words), f"code cell {n} stores the path of a machine: {MACHINE_PATH.search(words)}"
+
+
+@pytest.mark.parametrize("path", NBS, **ids)
+def test_notebook_is_small(path):
+    exported = [c["source"] for c in cells(path) if directives(c["source"]) & {"export", "exports", "exporti"}]
+    lines = sum(bool(line.strip()) and not line.startswith("#|") for source in exported for line in source.split("\n"))
+    stored = sum(len(json.dumps(c["outputs"], ensure_ascii=False).encode()) for c in cells(path))
+    assert lines <= 250, f"{lines} exported lines: split the notebook"
+    assert stored <= 300_000, f"{stored / 1000:.0f} kB of stored outputs: use SVG for lines, small PNG for pictures"
+
+
+@pytest.mark.parametrize("path", NBS, **ids)
+def test_notebook_opens_with_title_and_summary(path):
+    meta, _ = tool("build_site").front_matter(json.loads(read(path)), path)
+    assert meta.get("title") and meta.get("description")
+
+
+@pytest.mark.parametrize("path", NBS, **ids)
+def test_lines_fit_in_120_columns(path):
+    long = [line for c in cells(path) for line in c["source"].split("\n") if len(line) > 120 and "http" not in line]
+    assert not long, long[0]
+
+
+@pytest.mark.parametrize("path", [p for p in NBS if re.match(r"2\d", p.name)], **ids)
+def test_figure_notebook_reads_artefacts_only(path):
+    "Figures import reports and plots, nothing that trains."
+    allowed = ("strlora.report", "strlora.plots", "pathlib", "IPython", "pandas")
+    for cell in cells(path):
+        for name in imported(code(cell["source"])):
+            assert any(name == a or name.startswith(a + ".") for a in allowed) or name in {"strlora"}, f"imports {name}"
+        assert not re.search(r"from strlora import (?!(report|plots)\b)", cell["source"])
+
+
+@pytest.mark.parametrize("path", NBS, **ids)
+def test_prose_has_no_machine_paths(path):
+    for kind in ("markdown", "code"):
+        for cell in cells(path, kind):
+            assert not MACHINE_PATH.search(cell["source"]), MACHINE_PATH.search(cell["source"])
+
+
+# --- the package ---------------------------------------------------------------------------------------------------
+
+def test_import_contracts_hold():
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_package_is_free_of_what_it_must_not_use(path):
+    tree = ast.parse(read(path))
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    tops = {name.split(".")[0] for name in imported(read(path), package)}
+    assert not tops & {"fastcore", "nbdev", "execnb"}, "tools of the notebooks, not of the package"
+    assert not tops & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, "nothing here unpickles"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name != "torch.load", "checkpoints are safetensors and JSON"
+            words = {k.arg: ast.unparse(k.value) for k in node.keywords if k.arg}
+            assert "trust_remote_code" not in words, "never passed"
+            assert words.get("allow_pickle", "False") == "False"
+            assert name not in {"eval", "exec"}, name
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else ""
+            silent = all(isinstance(x, ast.Pass) for x in node.body)
+            assert caught and not (silent and caught in {"Exception", "BaseException"}), f"line {node.lineno}: errors vanish"
+        if isinstance(node, ast.ImportFrom):
+            assert not any(a.name == "*" for a in node.names), f"line {node.lineno}: import *"
+
+
+def requirements(key: str) -> dict[str, Requirement]:
+    return {r.name.lower().replace("_", "-"): r for r in map(Requirement, META[key].split())}
+
+
+def test_requirements_name_what_the_package_imports():
+    modules = {"scikit-learn": "sklearn", "pillow": "PIL"}
+    wanted = {modules.get(name, name) for name in requirements("requirements")}
+    tops = {name.split(".")[0] for p in PACKAGE for name in imported(read(p), ".".join(p.relative_to(ROOT).parts[:-1]))}
+    ours = tops - set(sys.stdlib_module_names) - {"strlora", ""}
+    transitive = {"numpy", "matplotlib", "tokenizers", "huggingface_hub", "IPython"}     # come with torch, seaborn, transformers
+    assert not ours - wanted - transitive, f"not in settings.ini: {sorted(ours - wanted - transitive)}"
+    assert not wanted - ours, f"in settings.ini, never imported: {sorted(wanted - ours)}"
+
+
+def test_constraints_cover_and_satisfy_the_requirements():
+    pins = dict(line.split("==") for line in read(ROOT / "constraints.txt").splitlines() if "==" in line and line[0] != "#")
+    for name, wanted in {**requirements("requirements"), **requirements("dev_requirements")}.items():
+        assert name in pins and wanted.specifier.contains(pins[name], prereleases=True), f"{wanted}: {pins.get(name)}"
+
+
+def test_importing_strlora_is_light():
+    "No torch, transformers, peft or matplotlib until a name of the package is used."
+    heavy = "{'torch', 'transformers', 'peft', 'accelerate', 'matplotlib', 'pandas', 'PIL', 'sklearn'}"
+    done = subprocess.run([sys.executable, "-c", f"import sys, strlora; print(sorted({heavy} & set(sys.modules)))"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE if p.name not in {"__init__.py", "_modidx.py"}],
+                         ids=lambda p: str(p.relative_to(ROOT)))
+def test_parameters_of_public_functions_are_documented(path):
+    "Docments: each parameter has a comment on its line (or one just above it), each function a docstring."
+    source = read(path)
+    lines, missing = source.split("\n"), []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"): continue
+        if not ast.get_docstring(node): missing.append(f"{node.name}: no docstring")
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        missing += [f"{node.name}: {a.arg}" for a in arguments
+                    if "#" not in lines[a.end_lineno - 1] and "#" not in lines[max(a.lineno - 2, 0)]]
+    assert not missing, missing
+
+
+# --- what is shipped -----------------------------------------------------------------------------------------------
+
+def test_notice_names_every_picture():
+    sources = ROOT / "strlora/assets/photos/sources.json"
+    notice = read(ROOT / "NOTICE")
+    listed = {x["file"] for x in json.loads(read(sources))["photos"]}
+    files = {p.name for p in sources.parent.iterdir() if p.name != sources.name}
+    assert files == listed, "sources.json and the folder differ"
+    assert not [f for f in files if f not in notice]
+
+
+def test_artefacts_are_small():
+    def size(folder: Path) -> int: return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    results = ROOT / "results"
+    for run in {p.parent for p in results.rglob("run.json")}:
+        assert size(run) <= 300_000, f"{run.relative_to(ROOT)}: {size(run) / 1000:.0f} kB"
+    assert size(results) <= 40_000_000 and size(ROOT / "strlora/assets") <= 20_000_000
+
+
+def test_no_machine_path_in_the_repository():
+    endings = {".py", ".md", ".toml", ".yml", ".yaml", ".ini", ".cfg", ".txt", ".cff", ".json", ".csv", ""}
+    for path in tracked():
+        if path.suffix in endings and path.name not in {"LICENSE", "run"} and "oracle" not in path.parts:
+            found = [m for m in MACHINE_PATH.finditer(read(path)) if m.group(0)[:5] not in {"/usr/"}]
+            assert not found, f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_documented_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.M))
+    for name in ("README.md", "CONTRIBUTING.md"):
+        named = set(re.findall(r"(?:^|`|\n)\s*make ([a-z-]+)", read(ROOT / name)))
+        assert named and named <= targets, f"{name}: {sorted(named - targets)}"
+
+
+def test_tool_tables_hold_no_metadata():
+    "The package's metadata have one home: settings.ini."
+    assert "project" not in tomllib.loads(read(ROOT / "pyproject.toml"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_wheel_and_archive_build_and_hold_the_assets(tmp_path):
+    "The wheel is built from the source archive, as an installer would."
+    copy = tmp_path / "copy"
+    for path in tracked():
+        (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy / path.relative_to(ROOT))
+    done = subprocess.run([sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(copy)], capture_output=True,
+                          text=True, env=dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert list((tmp_path / "dist").glob("*.tar.gz"))
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(ROOT / "strlora") and p.name != "_modidx.py"}
+    assert not wanted - held, sorted(wanted - held)
+    assert not [f for f in held if f.startswith(("nbs/", "tests/"))]

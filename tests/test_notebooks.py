@@ -1,0 +1,63 @@
+"""Every notebook is a test: run by nbdev_test's rules, in a process of its own, two at a time.
+
+Cells flagged `#| slow` run with --slow. Time limit: 60 s a notebook on a quiet machine, here with room for a busy one.
+"""
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
+LIMIT, SLOW_LIMIT = 300, 1800
+
+RUN = """
+import sys
+from pathlib import Path
+import matplotlib
+matplotlib.use("agg")
+from nbdev.config import get_config
+from nbdev.test import test_nb
+config = get_config()
+passed, _ = test_nb(Path(sys.argv[1]).absolute(), skip_flags=config.tst_flags.split(), force_flags=sys.argv[2:],
+                    basepath=config.config_path)
+sys.exit(not passed)
+"""
+
+
+def run(name: str, slow: bool) -> tuple[int, str]:
+    "Run one notebook; its exit status and what it printed."
+    command = [sys.executable, "-W", "ignore", "-c", RUN, f"nbs/{name}", *(["slow"] if slow else [])]
+    limit = SLOW_LIMIT if slow else LIMIT
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, PYTHONWARNINGS="ignore"), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
+    except subprocess.TimeoutExpired as late:
+        return 124, f"{late.stdout or ''}\nstopped after {limit} s"
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    "The chosen notebooks, running on two workers; each test waits for its own."
+    chosen = [item.callspec.params["name"] for item in request.session.items
+              if item.path == Path(__file__) and item.originalname == "test_notebook"]
+    slow = request.config.getoption("--slow")
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        futures = {name: pool.submit(run, name, slow) for name in chosen}
+        yield futures
+        for future in futures.values(): future.cancel()
+
+
+@pytest.mark.timeout(0)                                   # each notebook has its own limit
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook(name, runs):
+    status, output = runs[name].result()
+    assert status == 0, f"{name} failed; run it with: .venv/bin/nbdev_test --path nbs/{name}\n{output[-6000:]}"
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS and "00_core.ipynb" in NOTEBOOKS
