@@ -45,12 +45,13 @@ def _row(row: Any) -> str:
 
 # %% ../../nbs/10_metrics.ipynb #c868c643
 def score_matrix(
-    predictions: pd.DataFrame,            # as in `sample_scores`
-    split: str = "proxy",                 # "proxy" | "full"
-    tasks: Sequence[str] | None = None,   # order of the columns; None: as they appear
-) -> pd.DataFrame:                        # after_chunk x task, points of 100
+    predictions: pd.DataFrame | Mapping[str, pd.DataFrame],  # as `sample_scores` takes them, or what it gives
+    split: str = "proxy",                                    # "proxy" | "full", of predictions
+    tasks: Sequence[str] | None = None,                      # order of the columns; None: as they appear
+) -> pd.DataFrame:                                           # after_chunk x task, points of 100
     "The matrix a[k, j]: mean score of task j after chunk k."
-    matrix = pd.DataFrame({task: frame.mean(axis=1) for task, frame in sample_scores(predictions, split).items()})
+    samples = sample_scores(predictions, split) if isinstance(predictions, pd.DataFrame) else predictions
+    matrix = pd.DataFrame({task: frame.mean(axis=1) for task, frame in samples.items()})
     if tasks is not None: matrix = matrix[[t for t in tasks if t in matrix.columns]]
     return matrix.rename_axis(index="after_chunk", columns="task")
 
