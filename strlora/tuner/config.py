@@ -116,7 +116,8 @@ class StrLoraConfig(PeftConfig):
             if name not in known: raise unknown("setting", name, sorted(known), where="StrLoraConfig.released")
         same = {"top_k", "sub_top_k", "attention_dim", "stage1", "instruction_norm", "kl_through_hidden"}
         settings = released_router(**{name: value for name, value in overrides.items() if name in same})
-        return cls(**({"kl_padding": settings.pop("padding")} | settings | overrides))
+        renamed = {"kl_padding": settings.pop("padding")} | ({} if settings.pop("regularize", True) else {"kl_weight": 0.0})
+        return cls(**(settings | renamed | overrides))
 
     def router_settings(self) -> dict[str, Any]:
         "The keywords from which a router of `strlora.moe.layer.ROUTERS` is built."
