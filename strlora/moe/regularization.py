@@ -9,57 +9,59 @@ __all__ = ['routing_kl', 'masked_mean', 'Ema']
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/06_regularization.ipynb #f3b00de5
+# %% ../../nbs/06_regularization.ipynb #f00b8d2a
 def routing_kl(
     reference: Tensor,         # scores of the slow router [..., e]
     live: Tensor,              # scores of the live router [..., e]
-    selected: Tensor,          # true on the allowed experts, broadcastable [..., e]
+    selected: Tensor | None,   # true on the experts to compare, broadcastable; None for all [..., e]
     temperature: float = 1.0,  # divides both scores
-) -> Tensor:                   # KL(reference ‖ live) [...]
-    "Divergence of the live routing from the reference routing over the allowed experts, in float32."
-    floor = torch.finfo(torch.float32).min / 4
-    log_q = (reference.float() / temperature).masked_fill(~selected, floor).log_softmax(-1)
-    log_p = (live.float() / temperature).masked_fill(~selected, floor).log_softmax(-1)
+) -> Tensor:                   # KL(reference ‖ live), float32 [...]
+    "Divergence of the live routing from the reference routing over the selected experts."
+    def log_p(scores: Tensor) -> Tensor:
+        scores = scores.float() / temperature
+        if selected is not None: scores = scores.masked_fill(~selected, torch.finfo(torch.float32).min / 4)
+        return scores.log_softmax(-1)
+    log_q, log_p = log_p(reference), log_p(live)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
-# %% ../../nbs/06_regularization.ipynb #7f5abb59
+# %% ../../nbs/06_regularization.ipynb #8f6a0dae
 def masked_mean(
-    values: Tensor,               # one value a token [b, t]
-    mask: Tensor | None = None,   # true on the tokens that count; None counts all [b, t]
-) -> Tensor:                      # scalar
+    values: Tensor,              # one value a token [b, t]
+    mask: Tensor | None = None,  # true on the tokens that count; None counts all [b, t]
+) -> Tensor:                     # scalar
     "Mean over the tokens that count; zero if none does."
     if mask is None: return values.mean()
-    mask = mask.to(values)
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
-# %% ../../nbs/06_regularization.ipynb #f00b8d2a
+# %% ../../nbs/06_regularization.ipynb #dc511c67
 class Ema(nn.Module):
-    "Slow float32 copies of some parameters, kept as buffers that are saved with the model."
+    "Slow float32 copies of parameters, as buffers that are saved with the model."
 
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],  # the live parameters by name
-        decay: float,                         # weight of the past in an update, in [0, 1]
+        decay: float,                         # share of the past that an update keeps, in [0, 1]
     ):
         super().__init__()
         self.decay, self.names = decay, tuple(parameters)
         for name, p in parameters.items(): self.register_buffer(name, p.detach().float().clone())
 
-    def __getitem__(self, name: str) -> Tensor: return self._buffers[name]
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name]
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        "The slow copies in the dtype of the live parameters."
+        "The slow copies in the dtype in which the router calculates."
         return {name: self[name].to(dtype) for name in self.names}
 
     @torch.no_grad()
     def update(self, parameters: dict[str, nn.Parameter], decay: float | None = None) -> None:
-        "`ema ← β·ema + (1 - β)·live`; `decay=0` copies."
+        "`ema ← β·ema + (1 - β)·live`; with `decay=0` a plain copy."
         beta = self.decay if decay is None else decay
         for name in self.names: self[name].lerp_(parameters[name].detach().to(self[name]), 1 - beta)
 
     def _apply(self, fn, recurse=True):
-        kept = {name: self[name] for name in self.names}
+        kept = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, old in kept.items():
+        for name, old in kept.items():  # a cast of the model must not round the copies
             if self[name].dtype != torch.float32: self._buffers[name] = old.to(self[name].device)
         return self
