@@ -24,7 +24,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PROC, DOCS = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
-NUMBER = re.compile(r"^\d+[a-z]*_")
+NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")
 
 
 class SiteError(SystemExit):
@@ -166,15 +166,35 @@ def process() -> int:
         if path.suffix in {".yml", ".css", ".png", ".svg", ".html"}: shutil.copyfile(path, PROC / path.name)
         if path.suffix in {".md", ".qmd"}:
             (PROC / path.name).write_text(link_symbols(rename_links(path.read_text(encoding="utf-8")), index, path.stem), encoding="utf-8")
+    (PROC / "reference.md").write_text(reference(notebooks, index), encoding="utf-8")
     sidebar = PROC / "sidebar.yml"
     sidebar.write_text(re.sub(r"\b(\w+)\.ipynb", lambda m: f"{page_name(Path(m.group(0)))}.ipynb", sidebar.read_text(encoding="utf-8")),
                        encoding="utf-8")
     return len(paths)
 
 
+def reference(notebooks: dict[Path, dict], index: dict[str, str]) -> str:
+    "A page that lists each module's public names with the first line of what they are."
+    parts = ["---\ntitle: Names of the package\ndescription: Every public name, module by module, with a link to the chapter that explains it.\n---\n"]
+    for path, notebook in notebooks.items():
+        exported = [text(c) for c in notebook["cells"] if c["cell_type"] == "code" and directives(text(c)) & {"export", "exports"}]
+        module = next((m.group(1) for c in notebook["cells"] if (m := re.match(r"#\|\s*default_exp\s+(\S+)", text(c)))), None)
+        rows = []
+        for source in exported:
+            for node in ast.parse(source).body:
+                if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"): continue
+                words = (ast.get_docstring(node) or "").split("\n")[0].replace("|", "\\|")
+                target = index.get(node.name)
+                rows.append(f"| {f'[`{node.name}`]({target})' if target else f'`{node.name}`'} | {words} |")
+        if module and rows:
+            title = front_matter(notebook, path)[0]["title"]
+            parts.append(f"## `strlora.{module}`\n\nChapter: [{title}]({page_name(path)}.html)\n\n| name | what it is |\n|---|---|\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
 # --- rendering -----------------------------------------------------------------------------------------------------
 
-EXPECTED = ("execute.enabled", "html-math-method", "output-file")       # settings for Quarto that smalldocs does not read
+EXPECTED = ("execute.enabled", "html-math-method", "output-file", "html.grid")       # settings for Quarto that smalldocs does not read
 
 
 def render_smalldocs() -> None:
