@@ -15,66 +15,67 @@ from torch import Tensor, nn
 
 from ..core import SpecError
 
-# %% ../../nbs/03_experts.ipynb #65821ebc
+# %% ../../nbs/03_experts.ipynb #17ccdb07
 @dataclass(frozen=True, eq=False)
 class Routing:
-    "What a router decided: weights, the allowed experts, and penalty terms."
-    weights: Tensor                     # contribution of each expert to each token [b, t, e] or broadcastable to it
-    selected: Tensor                    # true where an expert is allowed for a sample [b, e]
-    logits: Tensor | None = None        # scores of the experts before any choice [b, t, e] or [b, 1, e]
-    penalties: dict[str, Tensor] = field(default_factory=dict)  # scalars, ready to be averaged over layers
-    kl: Tensor | None = None            # divergence from the reference router, token by token [b, t]
+    "What a router decided for one call."
+    weights: Tensor               # contribution of each expert to each token [b, t, e], or broadcastable to it
+    selected: Tensor              # true where a sample may use an expert [b, e]
+    logits: Tensor | None = None  # scores of all experts before any choice [b, t, e]
+    penalties: dict[str, Tensor] = field(default_factory=dict)  # scalars, to be averaged over layers
+    kl: Tensor | None = None      # divergence from the reference router, token by token [b, t]
 
-# %% ../../nbs/03_experts.ipynb #e05d679c
+# %% ../../nbs/03_experts.ipynb #0b0bdbc4
 def to_adapter(
-    x: Tensor,            # a hidden state [..., d]
-    dtype: torch.dtype,   # dtype of the adapter's weights
-) -> Tensor:              # the same values in the dtype in which the adapter calculates
-    "Cast to the adapter's dtype, unless autocast will choose the dtype itself."
+    x: Tensor,           # a hidden state [..., d]
+    dtype: torch.dtype,  # dtype of the adapter's weights
+) -> Tensor:             # the same values in the dtype in which the adapter calculates
+    "Cast to the adapter's dtype, unless autocast chooses the dtype itself."
     return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
-# %% ../../nbs/03_experts.ipynb #17ccdb07
+# %% ../../nbs/03_experts.ipynb #3cc39fa5
 class Experts(nn.Module):
-    "`e` LoRA experts of rank `r` as `A [e, r, d_in]` and `B [e, d_out, r]`; scale is `alpha / (e·r)`."
+    "`e` LoRA experts of rank `r` as `A [e, r, d_in]` and `B [e, d_out, r]`, with scale `alpha / (e·r)`."
 
     def __init__(
         self,
-        d_in: int,              # width of the input
-        d_out: int,             # width of the output
-        experts: int,           # number of experts e
-        rank: int,              # total rank R = e·r
-        alpha: float,           # numerator of the scale
-        dropout: float = 0.0,   # probability of dropping an input feature, shared by the experts
-        init: str = "normal",   # "normal": A ~ N(0, 0.01²); "kaiming": as PEFT's LoRA; B = 0 in both
+        d_in: int,             # width of the input
+        d_out: int,            # width of the output
+        experts: int,          # number of experts e
+        rank: int,             # total rank R = e·r
+        alpha: float,          # numerator of the scale
+        dropout: float = 0.0,  # probability of dropping an input feature, one mask for all experts
+        init: str = "normal",  # "normal": A ~ N(0, 0.01²); "kaiming": as PEFT's LoRA; B = 0 in both
     ):
         super().__init__()
-        if experts < 1 or rank < experts or rank % experts:
-            raise SpecError(expected=f"a total rank that is a multiple of the number of experts, {experts}", found=rank, where="r",
-                            remedy=f"Use r={max(1, round(rank / max(experts, 1))) * max(experts, 1)} or another number of experts.")
-        if init not in ("normal", "kaiming"):
-            raise SpecError(expected="'normal' or 'kaiming'", found=init, where="init")
+        if experts < 1 or rank < 1 or rank % experts:
+            e = max(experts, 1)
+            raise SpecError(expected=f"a total rank that {experts} experts can share equally", found=rank, where="r",
+                            remedy=f"Use r={max(1, round(rank / e)) * e} or another number of experts.")
+        if init not in ("normal", "kaiming"): raise SpecError(expected='"normal" or "kaiming"', found=repr(init), where="init")
         self.scale, self.dropout, self.init = alpha / rank, dropout, init
         self.A = nn.Parameter(torch.empty(experts, rank // experts, d_in))
         self.B = nn.Parameter(torch.empty(experts, d_out, rank // experts))
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         "Random `A`, zero `B`: a fresh adapter changes nothing."
         if self.init == "normal": nn.init.normal_(self.A, std=0.01)
-        else: nn.init.kaiming_uniform_(self.A.flatten(0, 1), a=math.sqrt(5))
+        else: nn.init.kaiming_uniform_(self.A.view(-1, self.A.shape[-1]), a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
     def forward(
         self,
         x: Tensor,        # input [..., d_in]
         weights: Tensor,  # weights of the experts [..., e], broadcastable
-    ) -> Tensor:          # the adapter's contribution [..., d_out]
-        "`B_cat · (expand(w) ⊙ (A_cat · drop(x)))`, scaled."
+    ) -> Tensor:          # the adapter's contribution, in the adapter's dtype [..., d_out]
+        "`B_cat · (expand(scale · w) ⊙ (A_cat · drop(x)))`: two matrix products, no loop, no look at the values."
         x = F.dropout(to_adapter(x, self.A.dtype), self.dropout, self.training)
         h = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])
         h = h * (self.scale * weights).to(h.dtype).unsqueeze(-1)
         return F.linear(h.flatten(-2), self.B.transpose(0, 1).flatten(1))
 
     def extra_repr(self) -> str:
-        e, r, d_in = self.A.shape
-        return f"{d_in} → {self.B.shape[1]}, experts={e}, rank={e}·{r}, scale={self.scale:g}, dropout={self.dropout:g}"
+        (e, r, d_in), d_out = self.A.shape, self.B.shape[1]
+        return f"{d_in} → {d_out}, experts={e}, rank={e}·{r}, scale={self.scale:g}, dropout={self.dropout:g}"

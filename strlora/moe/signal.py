@@ -6,59 +6,59 @@
 __all__ = ['pool_instruction', 'Penalties', 'Context']
 
 # %% ../../nbs/02_signal.ipynb #c8fcb6e9
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core import SignalError
 
-# %% ../../nbs/02_signal.ipynb #b314e1ec
+# %% ../../nbs/02_signal.ipynb #143dede4
 def pool_instruction(
-    embeddings: Tensor,             # input embeddings of the prompt [b, t, d]
-    mask: Tensor,                   # true on the text of the current user turn [b, t]
-    centre: Tensor | None = None,   # a vector to subtract, for example the mean of the embedding table [d]
-) -> Tensor:                        # the instruction vectors, float32, without gradient [b, d]
+    embeddings: Tensor,            # input embeddings of the prompt [b, t, d]
+    mask: Tensor,                  # true on the text of the current user turn [b, t]
+    centre: Tensor | None = None,  # a vector to subtract, for example the mean of the embedding table [d]
+) -> Tensor:                       # the instruction vectors, float32, without gradient [b, d]
     "Mean of the instruction's embeddings, [b, t, d] and [b, t] to [b, d]; a row without instruction is a `SignalError`."
     if mask.shape != embeddings.shape[:2]:
         raise SignalError(expected=f"an instruction mask of shape {tuple(embeddings.shape[:2])}", found=tuple(mask.shape),
-                          where="instruction_mask", remedy="Give one row a sample and one column an input token.")
+                          where="instruction_mask", remedy="Give it one row a sample and one column an input token.")
     mask = mask.to(device=embeddings.device, dtype=torch.bool)
     count = mask.sum(1)
     empty = (count == 0).nonzero().flatten().tolist()
     if empty:
         raise SignalError(expected="at least one instruction token in every row", found="none", where=f"instruction_mask, row {empty[0]}",
-                          remedy="Mark the tokens of the current user turn; the collator of strlora.backbones does so.")
-    total = embeddings.detach().float().masked_fill(~mask[..., None], 0).sum(1)
-    mean = total / count[:, None]
+                          remedy="Mark the tokens of the current user turn, as the collator of strlora.backbones does.")
+    mean = embeddings.detach().float().masked_fill(~mask[..., None], 0).sum(1) / count[:, None]
     return mean if centre is None else mean - centre.detach().to(mean)
 
-# %% ../../nbs/02_signal.ipynb #6c0ea1e4
+# %% ../../nbs/02_signal.ipynb #e9208772
 class Penalties:
-    "The penalty terms of one forward pass: layers add, the root takes the mean and closes."
+    "The penalty terms of one forward pass: layers add scalars, the root takes their means and closes."
 
     def __init__(self):
         self.values: dict[str, list[Tensor]] = {}
         self.closed = False
 
     def add(self, name: str, value: Tensor) -> None:
-        "Append a scalar; once closed nothing is appended, so a recomputed layer does not count twice."
+        "Append a scalar; once closed nothing is appended, so that a recomputed layer does not count twice."
         if not self.closed: self.values.setdefault(name, []).append(value)
 
     def mean(self) -> dict[str, Tensor]:
-        "For each name the mean over the layers that added one."
-        return {name: torch.stack([v.to(values[0].device) for v in values]).mean() for name, values in self.values.items()}
+        "For each name the mean over the layers that added a term."
+        return {name: torch.stack([v.to(terms[0].device) for v in terms]).mean() for name, terms in self.values.items()}
 
     def close(self) -> dict[str, Tensor]:
-        "Take no more terms, forget those held, and return their means."
-        means, self.closed, self.values = self.mean(), True, {}
+        "Return the means, forget the terms and take no more."
+        means = self.mean()
+        self.values, self.closed = {}, True
         return means
 
-# %% ../../nbs/02_signal.ipynb #143dede4
+# %% ../../nbs/02_signal.ipynb #335cfcab
 @dataclass(frozen=True, eq=False)
 class Context:
-    "What every layer may know about the call, in the coordinates of the merged sequence."
+    "What every layer may know about one call of the model, in coordinates of the merged sequence."
     instruction: Tensor                 # instruction vectors, float32 [b, d_text]
-    tokens: Tensor | None = None        # true on real tokens, None if there is no padding [b, t]
-    images: Tensor | None = None        # true on image tokens, None if not known [b, t]
-    penalties: Penalties | None = None  # where layers put their penalty terms, None if nobody asks for them
+    tokens: Tensor | None = None        # true on real tokens; None if there is no padding [b, t]
+    images: Tensor | None = None        # true on image tokens; None if not known [b, t]
+    penalties: Penalties | None = None  # where layers put penalty terms; None if nobody asks for them

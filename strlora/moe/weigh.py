@@ -12,34 +12,34 @@ from torch import Tensor
 
 from .select import renormalise, straight_through, top_k_mask
 
-# %% ../../nbs/05_weigh.ipynb #27ef8c4e
+# %% ../../nbs/05_weigh.ipynb #0e657bd6
 def expert_keys(
     instruction: Tensor,  # instruction vectors t [b, d_text]
     key: Tensor,          # W_k [D, d_text]
     prototypes: Tensor,   # one vector an expert, of any length [e, D]
 ) -> Tensor:              # what a token's query is compared with [b, e, D]
-    "`k ⊙ p_e / sqrt(D)` with `k = W_k · LN(t)` and `p_e` the unit prototype."
+    "Unit prototypes gated by the instruction's key, divided by the root of `D`."
     t = F.layer_norm(instruction, instruction.shape[-1:])
     k = F.linear(t.to(key.dtype), key)
     return k[:, None] * F.normalize(prototypes, dim=-1, eps=1e-12) / key.shape[0] ** 0.5
 
-# %% ../../nbs/05_weigh.ipynb #a1725852
+# %% ../../nbs/05_weigh.ipynb #f37c5cbc
 def attention_logits(
-    hidden: Tensor,   # hidden states x [b, t, d]
-    query: Tensor,    # W_q [D, d]
-    keys: Tensor,     # from `expert_keys` [b, e, D]
-) -> Tensor:          # scores, float32 [b, t, e]
-    "`(W_q x) · keys`; the product of the two small matrices first where that halves the work."
+    hidden: Tensor,  # hidden states x [b, t, d]
+    query: Tensor,   # W_q [D, d]
+    keys: Tensor,    # from `expert_keys` [b, e, D]
+) -> Tensor:         # scores, float32 [b, t, e]
+    "`(W_q x) · keys`; the product of the two small matrices first where that at least halves the work."
     d_attention, e, t = query.shape[0], keys.shape[1], hidden.shape[1]
     if 2 * e * (d_attention + t) < d_attention * t: return (hidden @ (keys @ query).mT).float()
     return (F.linear(hidden, query) @ keys.mT).float()
 
-# %% ../../nbs/05_weigh.ipynb #0e657bd6
+# %% ../../nbs/05_weigh.ipynb #0bb8e9d3
 def subset_weights(
-    logits: Tensor,          # scores of the experts [b, t, e]
-    selected: Tensor,        # true on the experts that stage 1 allows [b, e]
-    k: int | None = None,    # None: soft weights; a number: only the k best, straight-through
-) -> Tensor:                 # weights that sum to one within the subset, exactly zero outside [b, t, e]
+    logits: Tensor,        # scores of the experts [b, t, e]
+    selected: Tensor,      # true on the experts that stage 1 allows [b, e]
+    k: int | None = None,  # None: soft weights; a number: only the k best, straight-through
+) -> Tensor:               # weights with sum one within the subset, exactly zero outside [b, t, e]
     "Softmax within the subset, optionally cut to the `k` best."
     p = logits.masked_fill(~selected[:, None], -torch.inf).softmax(-1)
     if k is None or k >= p.shape[-1]: return p
