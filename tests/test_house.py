@@ -166,9 +166,10 @@ def test_notebook_opens_with_title_and_summary(path):
 
 
 @pytest.mark.parametrize("path", NBS, **ids)
-def test_lines_fit_in_120_columns(path):
-    long = [line for c in cells(path) for line in c["source"].split("\n") if len(line) > 120 and "http" not in line]
-    assert not long, long[0]
+def test_lines_are_short(path):
+    "120 columns are the rule; 140 the end, for the line that would read worse in two."
+    long = [line for c in cells(path) for line in c["source"].split("\n") if len(line) > 140 and "http" not in line]
+    assert not long, long
 
 
 @pytest.mark.parametrize("path", [p for p in NBS if re.match(r"2\d", p.name)], **ids)
