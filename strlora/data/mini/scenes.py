@@ -9,6 +9,7 @@ __all__ = ['Facts', 'PLACES', 'TRENDS', 'LAMPS', 'VEHICLES', 'DRAW', 'split_of',
            'draw']
 
 # %% ../../../nbs/01d_scenes.ipynb #24567bf7
+import functools
 import random
 import zlib
 from typing import Any
@@ -76,9 +77,8 @@ def symbol_facts(rng: random.Random) -> Facts:
 def symbol_draw(facts: Facts) -> Image.Image:
     "The rotated glyph near the middle."
     image, size = _canvas(facts["tint"]), facts["size"]
-    mask = symbol_mask(facts["symbol"]).rotate(facts["angle"], Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BILINEAR)
-    x, y = (SIZE - size) // 2 + facts["jitter"][0], (SIZE - size) // 2 + facts["jitter"][1]
-    image.paste(COLORS[facts["color"]], (x, y), mask)
+    x, y = ((SIZE - size) // 2 + shift for shift in facts["jitter"])
+    image.paste(COLORS[facts["color"]], (x, y), symbol_mask(facts["symbol"], facts["angle"], size))
     return image
 
 # %% ../../../nbs/01d_scenes.ipynb #aa5ea19f
@@ -106,14 +106,18 @@ def place_facts(rng: random.Random, split: str) -> Facts:
     left, top, right, bottom = (v * s for v, s in zip(train if split == "train" else test, (width, height) * 2, strict=True))
     side = min(right - left, bottom - top) * rng.uniform(.6, 1)
     x, y = rng.uniform(left, right - side), rng.uniform(top, bottom - side)
-    return {"kind": "place", "scene": scene, "box": (x, y, x + side, y + side), "flip": rng.random() < .5, "light": rng.uniform(.8, 1.2)}
+    return {"kind": "place", "scene": scene, "box": (x, y, x + side, y + side), "flip": rng.random() < .5, "light": rng.randint(80, 120)}
 
 
 def place_draw(facts: Facts) -> Image.Image:
     "The crop, sometimes mirrored, a little lighter or darker."
     image = photo(PLACES[facts["scene"]][0]).resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=facts["box"])
     if facts["flip"]: image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image.point([min(255, int(v * facts["light"])) for v in range(256)] * 3)
+    return image.point(_lighter(facts["light"]))
+
+
+@functools.cache
+def _lighter(percent: int) -> list[int]: return [min(255, v * percent // 100) for v in range(256)] * 3
 
 # %% ../../../nbs/01d_scenes.ipynb #fc34ebd1
 def digits_facts(rng: random.Random, split: str) -> Facts:
