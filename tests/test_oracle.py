@@ -16,7 +16,7 @@ from strlora.moe.layer import MoELinear, TwoStageRouter, released
 from strlora.moe.signal import Context, Penalties, pool_instruction
 
 FOLDERS = [Path(__file__).parent / "oracle", *(Path(f) for f in [os.environ.get("STRLORA_ORACLE_DIR")] if f)]
-FILES = sorted({f.stem: f for folder in reversed(FOLDERS) for f in folder.glob("*.npz")}.values(), key=lambda f: f.stem)
+FILES = sorted({f.resolve() for folder in FOLDERS for f in folder.glob("*.npz")}, key=lambda f: (f.stem, f))
 NAMES = {"text_router": "text_router", "wq": "query", "wk": "key", "proto": "prototypes", "sub_router": "token_router"}
 
 

@@ -9,6 +9,8 @@ __all__ = ['routing_kl', 'masked_mean', 'Ema']
 import torch
 from torch import Tensor, nn
 
+from ..core import SignalError
+
 # %% ../../nbs/06_regularization.ipynb #f00b8d2a
 def routing_kl(
     reference: Tensor,         # scores of the slow router [..., e]
@@ -31,6 +33,9 @@ def masked_mean(
 ) -> Tensor:                     # scalar
     "Mean over the tokens that count; zero if none does."
     if mask is None: return values.mean()
+    if mask.shape != values.shape:
+        raise SignalError(expected=f"a mask of shape {tuple(values.shape)}", found=tuple(mask.shape), where="Context.tokens",
+                          remedy="Give it one column a token of the merged sequence, image tokens included.")
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 # %% ../../nbs/06_regularization.ipynb #dc511c67
