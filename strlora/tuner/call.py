@@ -33,7 +33,9 @@ class Call:
     penalties: Penalties | None = None       # where layers put penalty terms; None if nobody asks for them
     records: list[tuple[str, str, Routing]] | None = None  # where layers put their routing; None if nobody asks for it
     share: Tensor | float = 1.0              # part of the whole batch that this pass stands for
+    labelled: bool = False                   # whether labels were given, so that the model returns a loss
     trained: bool = False                    # whether a penalty term came from a router that is being trained
+    latest: dict = dataclasses.field(default_factory=dict)  # adapter to the last router, its input and its routing
 
 
 CALL: ContextVar[Call | None] = ContextVar("strlora_call", default=None)
@@ -96,7 +98,7 @@ def bind_to(
     again: list[bool] = []
 
     def block(*args, **kwargs):
-        with bound(dataclasses.replace(call, records=None if again else call.records)): output = function(*args, **kwargs)
+        with bound(dataclasses.replace(call, records=None if again else call.records, latest={})): output = function(*args, **kwargs)
         again.append(True)
         return output
 
@@ -110,7 +112,7 @@ def within(
     "The view of a call that a checkpointed block gets."
     penalties = Penalties()
     context = None if call.context is None else dataclasses.replace(call.context, penalties=penalties)
-    return dataclasses.replace(call, context=context, penalties=penalties, records=call.records if record else None, trained=False)
+    return dataclasses.replace(call, context=context, penalties=penalties, records=call.records if record else None, trained=False, latest={})
 
 # %% ../../nbs/08a_tuner_call.ipynb #2d6e3e27
 REMEDY = ("Pass instruction_mask, true on the text of the current user turn; strlora.backbones.collate.Collator makes it "
@@ -227,7 +229,8 @@ class Root:
         weights = self.weights()
         if torch.is_grad_enabled() and any(weights.values()):
             call.penalties = Penalties()
-            if given.get("labels") is not None: call.share = share_of_batch(given["labels"], given.get("num_items_in_batch"))
+            call.labelled = given.get("labels") is not None
+            if call.labelled: call.share = share_of_batch(given["labels"], given.get("num_items_in_batch"))
         if instruction is not None:
             tokens = real_tokens(given.get("attention_mask"), call.shape) if call.penalties else None
             call.context = Context(instruction, tokens, penalties=call.penalties)
@@ -240,7 +243,7 @@ class Root:
         if call is None or call.root is not self: return output
         CALL.set(call.previous)
         if output is None or call.penalties is None: return output
-        return with_penalties(output, call.penalties.close(), self.weights(), call.share)
+        return with_penalties(output, call, self.weights())
 
     def weights(self) -> dict[str, float]:
         "The weight of each penalty term, `adapter/name`, of the adapters in the model."
@@ -273,20 +276,19 @@ class Root:
 # %% ../../nbs/08a_tuner_call.ipynb #8b2bf01c
 def with_penalties(
     output: Any,                  # what the model returned
-    means: dict[str, Tensor],     # mean over layers of each term, `adapter/name`
+    call: Call,                   # the call that ends
     weights: dict[str, float],    # weight of each term, `adapter/name`
-    share: Tensor | float,        # part of the whole batch
 ) -> Any:                         # the output with the penalties in its loss and beside it
     "Add weighted penalties to the loss; hand them out unweighted as `output.penalties`."
     plain: dict[str, Tensor] = {}
-    for key, value in means.items():
+    extra: Tensor | float = 0.0
+    for key, value in call.penalties.close().items():
         name = key.rpartition("/")[2]
         plain[name] = plain[name] + value if name in plain else value
-    extra = sum((weights.get(key, 0.0) * value for key, value in means.items()), start=torch.zeros(())) * share if means else None
+        extra = extra + weights.get(key, 0.0) * call.share * value
+    if isinstance(output, tuple): return (output[0] + extra, *output[1:]) if call.labelled else output
     loss = getattr(output, "loss", None)
-    if loss is not None and extra is not None:
-        loss = loss + extra.to(loss.device)
-        output.loss = loss
+    if loss is not None and plain: output.loss = loss = loss + torch.as_tensor(extra).to(loss.device)
     if loss is not None: loss.penalties = plain
     if hasattr(output, "__dict__"): output.penalties = plain
     return output

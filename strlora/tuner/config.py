@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ..core import SpecError, sourced, unknown
-from ..moe.layer import ROUTERS, STAGE1
+from ..moe.layer import ROUTERS, STAGE1, check_counts
 from ..moe.layer import released as released_router
 
 # %% ../../nbs/08_tuner_config.ipynb #ea4ddfad
@@ -68,10 +68,12 @@ def check_settings(
     if config.r % experts:
         raise SpecError(expected=f"a total rank divisible by {experts} experts", found=config.r, where="StrLoraConfig.r",
                         remedy=f"Use r={config.r // experts * experts or experts} or r={(config.r // experts + 1) * experts}.")
-    for name in ("top_k", "sub_top_k"):
-        if getattr(config, name) is not None: check_range(config, name, 0, experts, whole=True)
     check_choice(config, "router", ROUTERS)
     check_choice(config, "stage1", STAGE1)
+    if config.router == "two_stage":
+        for name in ("top_k", "sub_top_k"):
+            if getattr(config, name) is not None: check_range(config, name, 0, experts, whole=True)
+        check_counts(experts, config.top_k, config.sub_top_k, config.stage1)
     check_choice(config, "instruction_norm", ("layer", "none"))
     check_choice(config, "init_experts", ("normal", "kaiming"))
     check_choice(config, "bias", ("none", "all", "strlora_only"))
@@ -88,7 +90,8 @@ class StrLoraConfig(PeftConfig):
     router: str = sourced("two_stage", "abstract", "how experts are chosen: a name in strlora.moe.layer.ROUTERS")
     top_k: int | None = sourced(2, "official code", "stage 1: experts a sample may use; None or 0 for all")
     sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None weighs all of the subset, 0 leaves stage 2 out")
-    attention_dim: int = sourced(64, "official code", "width of the attention between token and instruction; 0 for a linear router")
+    attention_dim: int = sourced(32, "ours: keeps the adapter below 1.3 times the parameters of LoRA; official code: 64", "width of the attention between token and instruction; 0 for a linear router")
+    share_routers: bool = sourced(True, "ours: layers that read the same input need one answer", "one router for q/k/v and one for gate/up")
     stage1: str = sourced("prior", "ours: the official stage-1 router receives no gradient", "'prior', 'straight_through' or 'frozen'")
     instruction_norm: str = sourced("layer", "ours: embedding scales differ between model families", "'layer' or 'none' before stage 1")
     kl_weight: float = sourced(0.1, "official code", "weight of the routing-stability penalty")
@@ -116,7 +119,7 @@ class StrLoraConfig(PeftConfig):
             if name not in known: raise unknown("setting", name, sorted(known), where="StrLoraConfig.released")
         same = {"top_k", "sub_top_k", "attention_dim", "stage1", "instruction_norm", "kl_through_hidden"}
         settings = released_router(**{name: value for name, value in overrides.items() if name in same})
-        renamed = {"kl_padding": settings.pop("padding")} | ({} if settings.pop("regularize", True) else {"kl_weight": 0.0})
+        renamed = {"kl_padding": settings.pop("padding"), "share_routers": False} | ({} if settings.pop("regularize", True) else {"kl_weight": 0.0})
         return cls(**(settings | renamed | overrides))
 
     def router_settings(self) -> dict[str, Any]:
