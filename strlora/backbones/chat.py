@@ -49,8 +49,8 @@ def current_turn(
     places = [(turns[-1], j) for j, part in enumerate(parts) if part.get("type") == "text"]
     places = [place for place in places if text_at(messages, place).strip()]
     if not places:
-        raise SignalError(expected="a user turn with a text", found=f"turns of {[m['role'] for m in messages]}", where="conversation",
-                          remedy="StrLoRA routes by the text of the last user turn: give it one.")
+        raise SignalError(expected="a user turn with a text", found=f"turns of {[m['role'] for m in messages]}",
+                          where="conversation", remedy="StrLoRA routes by the text of the last user turn: give it one.")
     return places
 
 # %% ../../nbs/09a_chat.ipynb #ff81053d
@@ -94,8 +94,9 @@ def check_rendering(
     else:
         if at == len(rendered): return
         piece = ""
-    raise SignalError("the chat template altered a text", expected=repr(piece[:80]), found=repr(rendered[at:at + 80]), where=where, remedy=(
-        "Templates often trim texts: remove white space at both ends, or use a template that copies texts as they are."))
+    remedy = "Templates often trim texts: remove white space at both ends, or use a template that copies texts as they are."
+    raise SignalError("the chat template altered a text", expected=repr(piece[:80]), found=repr(rendered[at:at + 80]),
+                      where=where, remedy=remedy)
 
 # %% ../../nbs/09a_chat.ipynb #c237bf2f
 def control_tokens(
@@ -109,7 +110,9 @@ def control_tokens(
     return tuple(dict.fromkeys([*tokens, *getattr(processor, "all_special_multimodal_tokens", [])]))
 
 
-def tokenizer_of(processor: Any) -> Any:
+def tokenizer_of(
+    processor: Any,  # processor or tokenizer
+) -> Any:
     "The tokenizer of a processor, or the tokenizer itself."
     return getattr(processor, "tokenizer", processor)
 
@@ -152,14 +155,15 @@ class ImageTokens:
         images: Sequence[Sequence],         # the images of each sample
     ) -> tuple[dict[str, Tensor], list[str]]:  # pixel values and what belongs to them; the expansion of each image
         "Run the processor on images alone."
-        out = self.processor(images=[list(some) for some in images], text=[self.placeholder * len(some) for some in images],
-                             padding=True, return_tensors="pt", return_text_replacement_offsets=True, **self.kwargs)
+        text = [self.placeholder * len(some) for some in images]
+        out = self.processor(images=[list(some) for some in images], text=text, padding=True, return_tensors="pt",
+                             return_text_replacement_offsets=True, **self.kwargs)
         if "text_replacement_offsets" not in out:
-            raise SignalError(f"{type(self.processor).__name__} does not say which tokens stand for an image", where="processor",
-                              remedy="Use a processor of transformers that supports return_text_replacement_offsets.")
+            raise SignalError(f"{type(self.processor).__name__} does not say which tokens stand for an image",
+                              where="processor", remedy="Use a processor of transformers that supports return_text_replacement_offsets.")
         expansions = [r["replacement"] for row in out["text_replacement_offsets"] for r in row]
-        text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
-        return {name: value for name, value in out.items() if name not in text}, expansions
+        words = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
+        return {name: value for name, value in out.items() if name not in words}, expansions
 
 # %% ../../nbs/09a_chat.ipynb #5cf63fa1
 def expand(
@@ -171,8 +175,9 @@ def expand(
     "Replace the image placeholders, which stand in the template's pieces (the even ones)."
     found = sum(piece.count(placeholder) for piece in pieces[::2])
     if found != len(expansions):
-        raise SignalError(expected=f"{placeholder!r} once for each of {len(expansions)} images", found=f"{found} times", where=where,
-                          remedy="Give each image a part of type 'image' in the conversation, and use a template that renders it.")
+        remedy = "Give each image a part of type 'image' in the conversation, and use a template that renders it."
+        raise SignalError(expected=f"{placeholder!r} once for each of {len(expansions)} images", found=f"{found} times",
+                          where=where, remedy=remedy)
     todo, out = iter(expansions), []
     for i, piece in enumerate(pieces):
         before, *others = piece.split(placeholder) if i % 2 == 0 else [piece]
@@ -196,7 +201,9 @@ def pieces_of(
 ) -> list[str]:                          # even ones the template's, odd ones texts of the current turn
     "A rendering cut at the texts of the current user turn."
     prompt, places = messages[-1]["role"] == "user", current_turn(messages)
-    def render(talk): return processor.apply_chat_template(talk, add_generation_prompt=prompt, tokenize=False, **template_kwargs)
+    def render(talk):
+        return processor.apply_chat_template(talk, add_generation_prompt=prompt, tokenize=False, **template_kwargs)
+
     texts, controls = [text_at(messages, place) for place in places], control_tokens(processor)
     for text in texts: check_text(text, controls, where)
     pieces = fill(frame(render, messages, places), texts)

@@ -7,7 +7,8 @@ __all__ = ['COLOURS', 'tokenize', 'tokens_of', 'mask_of', 'special_ids', 'instru
 
 # %% ../../nbs/09a_chat_mask.ipynb #dc9eda33
 import html
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,9 @@ def tokens_of(
 ) -> np.ndarray:                         # [t] bool
     "True for the tokens of one stretch of text."
     first, last = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-    reach = np.concatenate([[0], np.maximum.accumulate(last)[:-1]])
-    first = np.where((first == last) & (last > reach), reach, first)   # offsets trimmed to nothing: white space
+    if (first == last).any():  # offsets trimmed to nothing: white space, from the end of the token before
+        reach = np.concatenate([[0], np.maximum.accumulate(last)[:-1]])
+        first = np.where((first == last) & (last > reach), reach, first)
     inside = (first < stop) & (last > start) & (first < last)
     for i in np.flatnonzero(inside & ((first < start) | (last > stop))):
         outside = (rendered[first[i]:start] + rendered[stop:max(stop, last[i])]).strip()
@@ -64,7 +66,7 @@ def mask_of(
     offsets: Sequence[tuple[int, int]],  # characters of each token
     pieces: Sequence[str],               # what `expand` returned
     texts: Sequence[int],                # which of them to mark
-    special: Sequence[int],              # ids that no text may contain: `special_ids`
+    special: Collection[int],            # ids that no text may contain: `special_ids`
     where: object = None,                # sample or conversation, for the message
 ) -> np.ndarray:                         # [t] bool
     "True on the tokens of some texts of a rendering."
@@ -118,12 +120,14 @@ def find_row(
     "Where a tokenized conversation stands in a padded row."
     extra = len(row) - len(ids)
     for start in (0, extra):
-        if extra >= 0 and row[start:start + len(ids)] == ids and set(row[:start] + row[start + len(ids):]) <= {pad}: return start
-    raise SignalError("the input_ids do not belong to this conversation", expected=f"{len(ids)} tokens and padding", found=f"{len(row)} tokens",
-                      where=where, remedy="Render and tokenize with the same processor, template, images and settings, without truncation.")
+        if extra < 0: break
+        if row[start:start + len(ids)] == ids and set(row[:start] + row[start + len(ids):]) <= {pad}: return start
+    remedy = "Render and tokenize with the same processor, template, images and settings, without truncation."
+    raise SignalError("the input_ids do not belong to this conversation", expected=f"{len(ids)} tokens and padding",
+                      found=f"{len(row)} tokens", where=where, remedy=remedy)
 
 # %% ../../nbs/09a_chat_mask.ipynb #83ef2441
-COLOURS = {"instruction": "#b7e1cd", "label": "#fcd5b4", "image": "#d9d9d9", "": "transparent"}
+COLOURS = {"instruction": "#b7e1cd", "label": "#fcd5b4", "image": "#d9d9d9", "": "#ffffff"}
 
 
 def tokens_html(
@@ -131,12 +135,15 @@ def tokens_html(
     batch: dict[str, Tensor],  # input_ids, instruction_mask, and labels if there are any
     row: int = 0,              # which row
 ) -> str:                      # HTML, escaped
-    "The tokens of one row, coloured by what they are."
+    "The tokens of one row, coloured by what they are; equal neighbours are written once with their number."
     tokenizer, ids = tokenizer_of(processor), batch["input_ids"][row].tolist()
     labels = batch["labels"][row].tolist() if "labels" in batch else [-100] * len(ids)
     images, cells = set(getattr(processor, "image_token_ids", [])), []
-    for token, inside, label in zip(ids, batch["instruction_mask"][row].tolist(), labels, strict=True):
+    columns = ids, batch["instruction_mask"][row].tolist(), labels
+    for (token, inside, label), same in itertools.groupby(zip(*columns, strict=True)):
         role = "instruction" if inside else "label" if label != -100 else "image" if token in images else ""
-        text = html.escape(tokenizer.decode([token])).replace("\n", "⏎").replace(" ", "␣")
-        cells.append(f'<span title="{token} {role}" style="background:{COLOURS[role]};border:1px solid #ccc;padding:0 2px">{text}</span>')
+        number = len(list(same))
+        text = html.escape(tokenizer.decode([token])).replace("\n", "⏎").replace(" ", "␣") + (f" × {number}" if number > 1 else "")
+        style = f"background:{COLOURS[role]};color:#111;border:1px solid #ccc;padding:0 2px"
+        cells.append(f'<span title="{token} {role}" style="{style}">{text}</span>')
     return '<div style="line-height:1.9;font-family:monospace">' + " ".join(cells) + "</div>"

@@ -38,17 +38,15 @@ def check_sample(
 
 def conversation(
     images: int,                # number of images
-    instruction: str,           # text of the user turn
-    answer: str | None = None,  # text of the assistant turn; None for a prompt
+    texts: Sequence[str],       # text of the user turn, and of the assistant turn if it is not a prompt
     system: str | None = None,  # system prompt; None leaves it to the template
     image_first: bool = True,   # images before the text
 ) -> list[dict[str, Any]]:      # messages
     "A sample as the conversation that chat templates read."
-    pictures, text = [{"type": "image"}] * images, [{"type": "text", "text": instruction}]
-    messages: list[dict[str, Any]] = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-    messages.append({"role": "user", "content": pictures + text if image_first else text + pictures})
-    if answer is not None: messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
+    pictures, (user, *rest) = [{"type": "image"}] * images, [[{"type": "text", "text": text}] for text in texts]
+    before = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    turn = {"role": "user", "content": pictures + user if image_first else user + pictures}
+    return [*before, turn, *({"role": "assistant", "content": text} for text in rest)]
 
 # %% ../../nbs/09a_collator.ipynb #2a7fe2c4
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +66,9 @@ def prompt_frame(
 ) -> Frame:
     "Labels from the end of the prompt to the token that ends the turn; a `SpecError` if these do not exist."
     if fixed[0] != prompt[0] or not fixed[1].startswith(prompt[1]):
+        remedy = "Put {% generation %} … {% endgeneration %} round the assistant's turn, or mend template_kwargs."
         raise SpecError("a prompt is not the beginning of the training conversation", where="chat template",
-                        expected=repr(prompt[1][-60:]), found=repr(fixed[1][-60:]), remedy=(
-            "Put {% generation %} … {% endgeneration %} round the assistant's turn, or mend template_kwargs."))
+                        expected=repr(prompt[1][-60:]), found=repr(fixed[1][-60:]), remedy=remedy)
     ends = [fixed[2].index(token) + len(token) for token in controls if token in fixed[2]]
     if not ends:
         raise SpecError("no token ends the assistant's turn", found=repr(fixed[2]), where="chat template",
@@ -89,13 +87,15 @@ def tagged_frame(
     variables: dict[str, Any],      # of the template
 ) -> Frame:
     "Labels as the generation block says; a `SpecError` if it does not enclose the answer."
-    (rendered,), (spans,) = render_jinja_template([messages], chat_template=template, return_assistant_tokens_mask=True, **variables)
+    (rendered,), (spans,) = render_jinja_template([messages], chat_template=template, return_assistant_tokens_mask=True,
+                                                  **variables)
     check_rendering(rendered, fill(fixed, texts), where="chat template")
     stop = len(rendered) - len(fixed[2])
     start = stop - len(texts[1])
     for first, last in spans:
         if first <= start and last >= stop: return Frame(fixed, start - first, last - stop)
-    raise SpecError("the generation block does not enclose the answer", where="chat template", found=repr([rendered[a:b] for a, b in spans]),
+    raise SpecError("the generation block does not enclose the answer", where="chat template",
+                    found=repr([rendered[first:last] for first, last in spans]),
                     remedy="Put {% generation %} before the answer and {% endgeneration %} behind its end token.")
 
 # %% ../../nbs/09a_collator.ipynb #45672206
@@ -117,8 +117,9 @@ def pad(
     "Bring rows to one length. What is filled in is never attended to, never a label, never an instruction."
     width, out = max(len(row["input_ids"]) for row in rows), {}
     filling = {"input_ids": pad_token_id, "labels": -100}
-    for name, first in rows[0].items():
-        column = np.full((len(rows), width), filling.get(name, 0), dtype=bool if name == "instruction_mask" else np.int64)
+    for name in rows[0]:
+        dtype = bool if name == "instruction_mask" else np.int64
+        column = np.full((len(rows), width), filling.get(name, 0), dtype=dtype)
         for i, row in enumerate(rows):
             n = len(row[name])
             column[i, slice(width - n, width) if side == "left" else slice(0, n)] = row[name]
@@ -167,7 +168,8 @@ class Collator:
 
     def render(self, conversations: list, answers: bool) -> list[str]:
         "Conversations through the chat template."
-        return self.processor.apply_chat_template(conversations, add_generation_prompt=not answers, tokenize=False, **self.template_kwargs)
+        return self.processor.apply_chat_template(conversations, add_generation_prompt=not answers, tokenize=False,
+                                                  **self.template_kwargs)
 
     def pixels(self, images: Sequence[list]) -> dict[str, Tensor]:
         "Pixels, with a check that the image tokens are as many as the processor would have written."
@@ -186,10 +188,12 @@ def frame_of(
     "How the template writes one kind of sample."
     if (images, answers) in collator.frames: return collator.frames[images, answers]
     texts = ["text"] * (1 + answers)
-    messages = conversation(images, *texts, system=collator.system, image_first=collator.image_first)
-    places = [(i, j) for i, m in enumerate(messages) for j, part in enumerate(m["content"]) if m["role"] != "system" and part["type"] == "text"]
+    messages = conversation(images, texts, collator.system, collator.image_first)
+    places = [(i, j) for i, message in enumerate(messages) for j, part in enumerate(message["content"])
+              if message["role"] != "system" and part["type"] == "text"]
     fixed = frame(lambda talk: collator.render([talk], answers)[0], messages, places)
-    template, variables = collator.processor.chat_template, {**collator.processor.tokenizer.special_tokens_map, **collator.template_kwargs}
+    template = collator.processor.chat_template
+    variables = collator.processor.tokenizer.special_tokens_map | collator.template_kwargs
     if not answers: found = Frame(fixed)
     elif isinstance(template, str) and TAG.search(template): found = tagged_frame(fixed, template, messages, texts, variables)
     else: found = prompt_frame(fixed, frame_of(collator, images, False).fixed, collator.controls)
@@ -204,12 +208,13 @@ def pieces(
 ) -> tuple[list[list[str]], list[Frame]]:  # of each sample: template's strings and texts by turns; its frame
     "Render each sample, compare with its frame, and expand its images."
     texts = [[sample.instruction, sample.answer] if answers else [sample.instruction] for sample in samples]
-    talks = [conversation(len(some), *text, system=collator.system, image_first=collator.image_first) for some, text in zip(images, texts, strict=True)]
+    pairs = list(zip(images, texts, strict=True))
+    rendered = collator.render([conversation(len(some), text, collator.system, collator.image_first) for some, text in pairs], answers)
     frames, out = [frame_of(collator, len(some), answers) for some in images], []
-    for sample, some, text, form, rendered in zip(samples, images, texts, frames, collator.render(talks, answers), strict=True):
+    for sample, (some, text), form, string in zip(samples, pairs, frames, rendered, strict=True):
         where, cut = f"sample {sample.id!r}", fill(form.fixed, text)
         for one in text: check_text(one, collator.controls, where)
-        check_rendering(rendered, cut, where)
+        check_rendering(string, cut, where)
         out.append(expand(cut, collator.image_tokens.placeholder, [collator.image_tokens(image) for image in some], where))
     return out, frames
 
@@ -223,17 +228,18 @@ def columns(
     "The columns of tokens of each sample."
     cuts, frames = pieces(collator, samples, images, answers)
     ids, offsets = tokenize(collator.processor, ["".join(cut) for cut in cuts])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for sample, cut, row, spans in zip(samples, cuts, ids, offsets, strict=True):
         where = f"sample {sample.id!r}"
         if collator.max_length and len(row) > collator.max_length:
-            raise RecordError(expected=f"at most {collator.max_length} tokens", found=len(row), where=where, remedy=(
-                "Raise max_length, shorten the text or use fewer image tiles: nothing is cut off silently."))
+            raise RecordError(expected=f"at most {collator.max_length} tokens", found=len(row), where=where,
+                              remedy="Raise max_length, shorten the text or use fewer image tiles: nothing is cut off silently.")
         mask = mask_of(row, spans, cut, [1], collator.special, where)
-        rows.append({"input_ids": row, "attention_mask": [1] * len(row), "instruction_mask": mask, **token_types(collator.processor, row)})
-    if answers:
-        for row, column in zip(rows, labels(collator, samples, cuts, frames, ids, offsets), strict=True): row["labels"] = column
-    return rows
+        rows.append({"input_ids": row, "attention_mask": [1] * len(row), "instruction_mask": mask})
+        rows[-1] |= token_types(collator.processor, row)
+    if not answers: return rows
+    targets = labels(collator, samples, cuts, frames, ids, offsets)
+    return [row | {"labels": target} for row, target in zip(rows, targets, strict=True)]
 
 # %% ../../nbs/09a_collator.ipynb #8987061f
 def labels(
@@ -245,7 +251,8 @@ def labels(
     offsets: Sequence[list],          # characters of each token
 ) -> list[np.ndarray]:                # [t] each, −100 outside what the model has to write
     "Answer and end token of each sample."
-    strings, starts = ["".join(cut) for cut in cuts], [sum(map(len, cut[:3])) - form.before for cut, form in zip(cuts, frames, strict=True)]
+    strings = ["".join(cut) for cut in cuts]
+    starts = [sum(map(len, cut[:3])) - form.before for cut, form in zip(cuts, frames, strict=True)]
     prompts = {i: strings[i][:starts[i]] for i, form in enumerate(frames) if not form.tagged}
     heads = dict(zip(prompts, tokenize(collator.processor, list(prompts.values()))[0], strict=True)) if prompts else {}
     out = []

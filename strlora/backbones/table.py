@@ -62,9 +62,9 @@ def backbone_of(
     name = config if isinstance(config, str) else getattr(config, "model_type", type(model).__name__)
     if name in BACKBONES: return BACKBONES[name]
     close = nearest(name, BACKBONES) or list(BACKBONES)
-    raise SpecError(f"unknown model type {name!r}", where="BACKBONES", expected=" or ".join(map(repr, close)), remedy=(
-        f"Add a row: strlora.backbones.table.BACKBONES[{name!r}] = Backbone({name!r}, language_model=..., vision_tower=..., "
-        "projector=...), and try it with parts_of(model)."))
+    remedy = (f"Add a row: strlora.backbones.table.BACKBONES[{name!r}] = Backbone({name!r}, language_model=..., "
+              "vision_tower=..., projector=...), and try it with parts_of(model).")
+    raise SpecError(f"unknown model type {name!r}", where="BACKBONES", expected=" or ".join(map(repr, close)), remedy=remedy)
 
 
 def target_regex(
@@ -95,7 +95,7 @@ def parts_of(
     found = {field: find(root, backbone, field) for field in ("language_model", "vision_tower", "projector")}
     linears = {name: module for name, module in root.named_modules()
                if re.fullmatch(backbone.targets, name) and hasattr(module, "weight")}
-    token = getattr(root.config, backbone.image_token, None)
+    token: Any = getattr(root.config, backbone.image_token, None)
     for field, value in (("linears", linears), ("image_token", token)):
         if value is None or value == {}:
             raise SpecError(expected=repr(getattr(backbone, field)), found="nothing of that name", remedy="Mend the row.",
