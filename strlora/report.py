@@ -29,7 +29,7 @@ def table(
     "Tasks by chunks seen, then MAP, MAF and final AP, in points of 100."
     scores, counts, definition = run.scores(split), run.counts, run.definition(split)
     shown = _few_rows(list(scores.index), (width - 11) // 6)
-    lines = [_title(run, split, scores), "", "after chunk".ljust(11) + "".join(("start" if k == 0 else str(k)).rjust(5) + " " for k in shown)]
+    lines = [_title(run, split, scores), "", "chunk".ljust(11) + "".join(("start" if k == 0 else str(k)).rjust(5) + " " for k in shown)]
     seen = counts.cumsum()
     for task in scores.columns:
         cells = []
@@ -74,9 +74,11 @@ def metrics(
     return values
 
 # %% ../nbs/16_report.ipynb #dc1394cc
-def _text(value: Any, digits: int) -> str:
-    if isinstance(value, float): return "–" if np.isnan(value) else f"{value:.{digits}f}"
-    return str(value)
+def _text(value: Any, digits: int, column: Any = "") -> str:
+    "A cell: a dash for nothing, p values to three digits."
+    if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value): return "–"
+    if isinstance(value, float) and str(column).startswith("p ("): return "<0.001" if value < 0.001 else f"{value:.3f}"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def to_markdown(
@@ -84,9 +86,9 @@ def to_markdown(
     digits: int = 1,       # after the point
 ) -> str:                  # a pipe table
     "A Markdown table with all cells escaped."
-    cell = lambda v: re.sub(r"([\\`*_|\[\]#$~])", r"\\\1", html.escape(_text(v, digits))).replace("\n", " ")
+    cell = lambda v, c="": re.sub(r"([\\`*_|\[\]#$~])", r"\\\1", html.escape(_text(v, digits, c))).replace("\n", " ")
     rows = [[cell(c) for c in frame.columns], ["---:" if pd.api.types.is_numeric_dtype(t) else "---" for t in frame.dtypes]]
-    rows += [[cell(v) for v in row] for row in frame.itertuples(index=False)]
+    rows += [[cell(v, c) for c, v in zip(frame.columns, row, strict=True)] for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -97,7 +99,8 @@ def to_html(
     "An HTML table with all cells escaped."
     right = ' style="text-align:right"'
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in frame.columns)
-    body = "".join("<tr>" + "".join(f"<td{right if isinstance(v, (int, float)) else ''}>{html.escape(_text(v, digits))}</td>" for v in row) + "</tr>"
+    body = "".join("<tr>" + "".join(f"<td{right if isinstance(v, (int, float)) else ''}>{html.escape(_text(v, digits, c))}</td>"
+                                     for c, v in zip(frame.columns, row, strict=True)) + "</tr>"
                    for row in frame.itertuples(index=False))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -107,7 +110,7 @@ def to_text(
     digits: int = 1,       # after the point
 ) -> str:                  # aligned columns
     "A table for the terminal."
-    columns = [[str(c), *(_text(v, digits) for v in frame[c])] for c in frame.columns]
+    columns = [[str(c), *(_text(v, digits, c) for v in frame[c])] for c in frame.columns]
     right = [pd.api.types.is_numeric_dtype(t) for t in frame.dtypes]
     padded = [[v.rjust(max(map(len, c))) if r else v.ljust(max(map(len, c))) for v in c] for c, r in zip(columns, right, strict=True)]
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
@@ -206,6 +209,7 @@ def compare(
             if reference is not None and label != reference: row |= _difference(name, label, reference, groups, drawn, point)
             rows.append(row)
     frame = pd.DataFrame(rows)
+    if "pairs" in frame: frame["pairs"] = frame["pairs"].astype("Int64")
     if "p (t)" in frame: frame["p (Holm)"] = frame.groupby("metric", sort=False)["p (t)"].transform(holm)
     return frame
 
