@@ -36,7 +36,7 @@ def make_sample(
     "Draw one sample; its id is a hash of the picture's facts, the instruction and the answer."
     kind = FORMS[task][form]
     asked = draw_question(kind, rng, split)
-    text = instruct(task, kind, asked, rng, style, held_out)
+    text = instruct(task, kind, asked, rng.random(), style, held_out)
     content = hashlib.sha256(repr((sorted(asked.facts.items()), text, asked.answer)).encode()).hexdigest()
     return Sample(f"{task}-{content[:12]}", (draw(asked.facts),), text, asked.answer, task, asked.references, kind.name)
 
