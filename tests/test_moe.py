@@ -252,6 +252,38 @@ def test_experts_cost_two_products_whatever_their_number():
     assert len(set(flops)) == 1 and flops[0] == 2 * B * T * 16 * (D_IN + D_OUT)
 
 
+@pytest.mark.parametrize("settings", [{}, dict(sub_top_k=1), dict(sub_top_k=0), released(attention_dim=16), dict(attention_dim=0)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_picking_few_of_many_experts_gives_the_same_numbers_and_gradients(settings, flat, monkeypatch):
+    torch.manual_seed(0)
+    layer = MoELinear(nn.Linear(D_IN, D_OUT), Experts(D_IN, D_OUT, 16, 32, 64), TwoStageRouter(D_IN, D_TEXT, 16, **settings))
+    nn.init.normal_(layer.experts.B)
+    x, instruction = inputs(t=40)
+    results = []
+    for picks in (True, False):
+        if not picks: monkeypatch.setattr("strlora.moe.experts.is_grouped", lambda *shape: False)
+        layer.zero_grad()
+        y = layer(x.flatten(0, 1) if flat else x, Context(instruction))
+        y.sin().sum().backward()
+        results.append([y, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_picking_costs_what_the_picked_experts_cost():
+    x, _ = inputs(b=2, t=64)
+    indices, flops = torch.tensor([[0, 1], [2, 3]]), []
+    for e in (16, 64):
+        with FlopCounterMode(display=False) as counter: Experts(D_IN, D_OUT, e, 4 * e, 32)(x, torch.ones(e), indices)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] == 2 * 2 * 64 * 8 * (D_IN + D_OUT)
+
+
+def test_straight_through_over_all_experts_never_picks():
+    for stage1, picks in (("prior", True), ("straight_through", False)):
+        routing = make(dict(stage1=stage1)).router(inputs()[0], Context(inputs()[1]))
+        assert (routing.indices is not None) == picks
+
+
 # ---------------------------------------------------------------- divergence and slow copy
 
 

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['STAGE1', 'NORMS', 'ROUTERS', 'Router', 'ConstantRouter', 'MoELinear', 'check_counts', 'check_choices',
-           'router_parameters', 'reset_router', 'router_scores', 'per_sample', 'TwoStageRouter', 'released']
+           'router_parameters', 'reset_router', 'router_scores', 'per_sample', 'TwoStageRouter', 'divergence',
+           'released']
 
 # %% ../../nbs/07_layer.ipynb #74f3af7c
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +75,7 @@ class MoELinear(nn.Module):
         if context is not None and context.penalties is not None:
             for name, value in routing.penalties.items(): context.penalties.add(name, value)
         y = self.base(x)
-        return y + self.experts(x, routing.weights).to(y.dtype)
+        return y + self.experts(x, routing.weights, routing.indices).to(y.dtype)
 
 # %% ../../nbs/07_layer.ipynb #81b2e1b6
 STAGE1 = ("prior", "straight_through", "frozen")
@@ -89,10 +91,14 @@ def check_counts(
     "A `SpecError` for numbers of experts that do not fit, or that leave a router without anything to decide."
     for name, k in (("top_k", top_k), ("sub_top_k", sub_top_k)):
         if k is not None and not 0 <= k <= experts:
-            raise SpecError(expected=f"None or a number of experts from 0 to {experts}", found=k, where=name, remedy=f"Lower {name} or raise num_experts.")
-    if experts < 2: raise SpecError(expected="at least 2 experts to route between", found=experts, where="num_experts", remedy='Use router="constant".')
+            raise SpecError(expected=f"None or a number of experts from 0 to {experts}", found=k, where=name,
+                            remedy=f"Lower {name} or raise num_experts.")
+    if experts < 2:
+        raise SpecError(expected="at least 2 experts to route between", found=experts, where="num_experts",
+                        remedy='Use router="constant".')
     if top_k == 1 and (stage1 == "prior" or (stage1 == "frozen" and sub_top_k != 0)):
-        raise SpecError(expected="a router that has something to decide", found=f'top_k=1 with stage1="{stage1}", where every weight is 1', where="top_k",
+        raise SpecError(expected="a router that has something to decide", where="top_k",
+                        found=f'top_k=1 with stage1="{stage1}", where every weight is 1',
                         remedy='Use top_k=2 or more, stage1="straight_through", or stage1="frozen" with sub_top_k=0.')
 
 # %% ../../nbs/07_layer.ipynb #df51e62d
@@ -103,8 +109,11 @@ def check_choices(
 ) -> None:
     "A `SpecError` for a variant that does not exist."
     if stage1 not in STAGE1: raise unknown("variant of stage 1", stage1, STAGE1, where="stage1")
-    if instruction_norm not in NORMS: raise unknown("norm of the instruction", instruction_norm, NORMS, where="instruction_norm")
-    if attention_dim < 0: raise SpecError(expected="0 for the linear sub-router, or a positive width", found=attention_dim, where="attention_dim")
+    if instruction_norm not in NORMS:
+        raise unknown("norm of the instruction", instruction_norm, NORMS, where="instruction_norm")
+    if attention_dim < 0:
+        raise SpecError(expected="0 for the linear sub-router, or a positive width", found=attention_dim,
+                        where="attention_dim")
 
 # %% ../../nbs/07_layer.ipynb #4f175cea
 def router_parameters(
@@ -117,7 +126,8 @@ def router_parameters(
     "The parameters that the two stages need."
     shapes = {"text_router": (experts, d_text)}
     if sub_top_k != 0 and attention_dim:
-        shapes |= {"query": (attention_dim, d_in), "key": (attention_dim, d_text), "prototypes": (experts, attention_dim)}
+        shapes |= {"query": (attention_dim, d_in), "key": (attention_dim, d_text)}
+        shapes |= {"prototypes": (experts, attention_dim)}
     elif sub_top_k != 0: shapes |= {"token_router": (experts, d_in)}
     return {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
 
@@ -144,7 +154,8 @@ def router_scores(
     z = instruction_logits(instruction, weights["text_router"], norm)
     log_p = z.log_softmax(-1)[:, None]
     if "query" in weights:
-        s = attention_logits(hidden, weights["query"], expert_keys(instruction, weights["key"], weights["prototypes"]))
+        keys = expert_keys(instruction, weights["key"], weights["prototypes"])
+        s = attention_logits(hidden, weights["query"], keys)
     elif "token_router" in weights: s = F.linear(hidden, weights["token_router"]).float()
     else: return z, log_p.expand(-1, hidden.shape[1], -1)
     return z, s + log_p if prior else s
@@ -158,8 +169,8 @@ def per_sample(
     b = instruction.shape[0]
     if hidden.dim() == 3 and hidden.shape[0] == b: return hidden
     if hidden.dim() == 2 and hidden.shape[0] % b == 0: return hidden.unflatten(0, (b, -1))
-    raise SignalError(expected=f"hidden states of {b} samples, [{b}, t, d] or [{b}·t, d]", found=tuple(hidden.shape), where="router",
-                      remedy="Give the instruction mask and the batch the same number of rows.")
+    raise SignalError(expected=f"hidden states of {b} samples, [{b}, t, d] or [{b}·t, d]", found=tuple(hidden.shape),
+                      where="router", remedy="Give the instruction mask and the batch the same number of rows.")
 
 # %% ../../nbs/07_layer.ipynb #5cbfe036
 class TwoStageRouter(nn.Module):
@@ -179,13 +190,14 @@ class TwoStageRouter(nn.Module):
         temperature: float = 1.0,         # of the divergence
         ema_decay: float = 0.999,         # share of the past that an update of the slow copy keeps
         padding: bool = False,            # let padding count in the mean of the divergence, as officially
-        kl_through_hidden: bool = False,  # let the divergence reach the hidden states, as in the official linear variant
+        kl_through_hidden: bool = False,  # let the divergence reach the hidden states, as officially for D = 0
     ):
         super().__init__()
         check_choices(stage1, instruction_norm, attention_dim)
         check_counts(experts, top_k, sub_top_k, stage1)
-        self.top_k, self.sub_top_k, self.stage1, self.instruction_norm = top_k or None, sub_top_k, stage1, instruction_norm
-        self.temperature, self.padding, self.kl_through_hidden = temperature, padding, kl_through_hidden
+        self.top_k, self.sub_top_k, self.stage1 = top_k or None, sub_top_k, stage1
+        self.instruction_norm, self.temperature = instruction_norm, temperature
+        self.padding, self.kl_through_hidden = padding, kl_through_hidden
         self.prior = stage1 != "frozen" or sub_top_k == 0
         self.frozen_names = frozenset({"text_router"} if stage1 == "frozen" else ())
         for name, p in router_parameters(d_in, d_text, experts, sub_top_k, attention_dim).items():
@@ -206,30 +218,31 @@ class TwoStageRouter(nn.Module):
         selected = top_k_mask(z, self.top_k)
         weights = subset_weights(scores, selected, self.sub_top_k or None)
         if self.stage1 == "straight_through": weights = straight_through(weights, scores.softmax(-1))
-        kl = None if self.ema is None or context.penalties is None else self.divergence(x, t, selected)
+        kl = None if self.ema is None or context.penalties is None else divergence(self, x, t, selected)
         penalties = {} if kl is None else {"kl": masked_mean(kl, None if self.padding else context.tokens)}
-        return Routing(weights.reshape(*hidden.shape[:-1], -1), selected, scores, penalties, kl)
-
-    def divergence(
-        self,
-        x: Tensor,         # hidden states [b, t, d]
-        t: Tensor,         # instruction vectors [b, d_text]
-        selected: Tensor,  # the allowed experts [b, e]
-    ) -> Tensor:           # KL(slow router ‖ live router) of every token [b, t]
-        "How far routing has moved; it teaches the router and, unless asked to, nothing below it."
-        x_live = x if self.kl_through_hidden else x.detach()
-        live = router_scores(x_live, t, self._parameters, self.instruction_norm, self.prior)[1]
-        with torch.no_grad():
-            slow = self._parameters | self.ema.weights(self.text_router.dtype)
-            reference = router_scores(x, t, slow, self.instruction_norm, self.prior)[1]
-        covered = None if self.stage1 == "straight_through" else selected[:, None]
-        return routing_kl(reference, live, covered, self.temperature)
+        indices = None if self.top_k is None or self.stage1 == "straight_through" else z.topk(self.top_k, -1).indices
+        return Routing(weights.reshape(*hidden.shape[:-1], -1), selected, scores, penalties, kl, indices)
 
     def update_ema(self) -> None:
         "One step of the slow copy; call it once per optimizer step."
         if self.ema is not None: self.ema.update(self._parameters)
 
-# %% ../../nbs/07_layer.ipynb #74642f44
+# %% ../../nbs/07_layer.ipynb #f717a416
+def divergence(
+    router: TwoStageRouter,  # a router with a slow copy
+    x: Tensor,               # hidden states [b, t, d]
+    t: Tensor,               # instruction vectors [b, d_text]
+    selected: Tensor,        # the allowed experts [b, e]
+) -> Tensor:                 # KL(slow router ‖ live router) of every token [b, t]
+    "How far routing has moved; it teaches the router and, unless asked to, nothing below it."
+    scores = partial(router_scores, instruction=t, norm=router.instruction_norm, prior=router.prior)
+    live = scores(x if router.kl_through_hidden else x.detach(), weights=router._parameters)[1]
+    with torch.no_grad():
+        reference = scores(x, weights=router._parameters | router.ema.weights(router.text_router.dtype))[1]
+    covered = None if router.stage1 == "straight_through" else selected[:, None]
+    return routing_kl(reference, live, covered, router.temperature)
+
+# %% ../../nbs/07_layer.ipynb #7e62a580
 def released(
     **overrides: Any,  # settings that shall differ
 ) -> dict[str, Any]:   # settings of `TwoStageRouter`
@@ -241,7 +254,7 @@ def released(
     settings.setdefault("kl_through_hidden", not alone and settings["attention_dim"] == 0)
     return settings
 
-# %% ../../nbs/07_layer.ipynb #a53b54fe
+# %% ../../nbs/07_layer.ipynb #696b33f3
 def _constant(d_in: int, d_text: int, experts: int, **settings: Any) -> ConstantRouter:
     return ConstantRouter(experts)
 

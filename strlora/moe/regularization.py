@@ -34,7 +34,8 @@ def masked_mean(
     "Mean over the tokens that count; zero if none does."
     if mask is None: return values.mean()
     if mask.shape != values.shape:
-        raise SignalError(expected=f"a mask of shape {tuple(values.shape)}", found=tuple(mask.shape), where="Context.tokens",
+        raise SignalError(expected=f"a mask of shape {tuple(values.shape)}", found=tuple(mask.shape),
+                          where="Context.tokens",
                           remedy="Give it one column a token of the merged sequence, image tokens included.")
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 

@@ -19,15 +19,17 @@ def pool_instruction(
     mask: Tensor,                  # true on the text of the current user turn [b, t]
     centre: Tensor | None = None,  # a vector to subtract, for example the mean of the embedding table [d]
 ) -> Tensor:                       # the instruction vectors, float32, without gradient [b, d]
-    "Mean of the instruction's embeddings, [b, t, d] and [b, t] to [b, d]; a row without instruction is a `SignalError`."
+    "Mean of the instruction's embeddings, [b, t, d] to [b, d]; a row without instruction is a `SignalError`."
     if mask.shape != embeddings.shape[:2]:
-        raise SignalError(expected=f"an instruction mask of shape {tuple(embeddings.shape[:2])}", found=tuple(mask.shape),
-                          where="instruction_mask", remedy="Give it one row a sample and one column an input token.")
+        raise SignalError(expected=f"an instruction mask of shape {tuple(embeddings.shape[:2])}",
+                          found=tuple(mask.shape), where="instruction_mask",
+                          remedy="Give it one row a sample and one column an input token.")
     mask = mask.to(device=embeddings.device, dtype=torch.bool)
     count = mask.sum(1)
     empty = (count == 0).nonzero().flatten().tolist()
     if empty:
-        raise SignalError(expected="at least one instruction token in every row", found="none", where=f"instruction_mask, row {empty[0]}",
+        raise SignalError(expected="at least one instruction token in every row", found="none",
+                          where=f"instruction_mask, row {empty[0]}",
                           remedy="Mark the tokens of the current user turn, as the collator of strlora.backbones does.")
     mean = embeddings.detach().float().masked_fill(~mask[..., None], 0).sum(1) / count[:, None]
     return mean if centre is None else mean - centre.detach().to(mean)
