@@ -86,7 +86,8 @@ def special_ids(
 ) -> frozenset[int]:  # all but the unknown word
     "Ids of the special tokens."
     tokenizer = tokenizer_of(processor)
-    return frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
 
 # %% ../../nbs/09a_chat_mask.ipynb #4e8db1bb
 def instruction_mask(
