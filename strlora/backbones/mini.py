@@ -46,12 +46,12 @@ PIXEL_MEAN, PIXEL_STD = 127 / 255, 128 / 255
 
 def same(
     x: Tensor,        # [b, c, h, w], h and w even
-    kernel: int,
-    stride: int,
-) -> Tensor:          # x with the border that makes the output [h / stride, w / stride]
-    "Zero borders as TensorFlow's SAME padding puts them: the odd row and column go to the lower right."
-    total = kernel - stride
-    return F.pad(x, (total // 2, total - total // 2) * 2)
+    conv: nn.Conv2d,  # without borders of its own
+) -> Tensor:          # [b, c_out, h / stride, w / stride]
+    "Convolve with zero borders as TensorFlow's SAME padding puts them: an odd row and column go to the lower right."
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    if stride > 1: x = F.pad(x, ((kernel - stride) // 2, (kernel - stride + 1) // 2) * 2)
+    return F.conv2d(x, conv.weight, conv.bias, stride, 0 if stride > 1 else kernel // 2, groups=conv.groups)
 
 # %% ../../nbs/09b_mini_model.ipynb #8e5c1b84
 class MiniBlock(nn.Module):
@@ -63,12 +63,12 @@ class MiniBlock(nn.Module):
         if expansion > 1: self.expand = nn.Conv2d(c_in, wide, 1)
         self.depthwise = nn.Conv2d(wide, wide, kernel, stride, groups=wide)
         self.project = nn.Conv2d(wide, c_out, 1)
-        self.kernel, self.stride, self.widens, self.skips = kernel, stride, expansion > 1, stride == 1 and c_in == c_out
+        self.widens, self.skips = expansion > 1, stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.expand(x)) if self.widens else x
-        y = self.project(F.relu6(self.depthwise(same(y, self.kernel, self.stride))))
-        return x + y if self.skips else y
+        y = F.relu6(self.expand(x), inplace=True) if self.widens else x
+        y = self.project(F.relu6(same(y, self.depthwise), inplace=True))
+        return y.add_(x) if self.skips else y
 
 # %% ../../nbs/09b_mini_model.ipynb #020b8fb4
 class MiniVisionConfig(PreTrainedConfig):
@@ -97,7 +97,7 @@ class MiniVisionModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        x = F.relu6(self.stem(same(pixel_values.contiguous(memory_format=torch.channels_last), 3, 2)))
+        x = F.relu6(same(pixel_values.contiguous(memory_format=torch.channels_last), self.stem), inplace=True)
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i == 4: fine = F.pixel_unshuffle(x, 2)
@@ -236,4 +236,5 @@ def load_base(
         raise CheckpointError(expected="model.safetensors", found="no such file", where=folder,
                               remedy="Install the package with its data files, or make the base with notebook 09c_base.")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model.model.vision_tower.requires_grad_(False)
     return model.eval(), AutoProcessor.from_pretrained(folder)
