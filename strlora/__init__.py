@@ -8,20 +8,27 @@ _NAMES = {
     "StrLoraConfig": "strlora.tuner.config",
     "StrLoraModel": "strlora.tuner.model",
     "EmaCallback": "strlora.tuner.model",
-    "update_ema": "strlora.tuner.model",
-    "penalties_of": "strlora.tuner.call",
+    "update_ema": "strlora.tuner.state",
+    "penalties_of": "strlora.tuner.root",
+    "Collator": "strlora.backbones.collate",
+    "load_base": "strlora.backbones.mini",
 }
 __all__ = ["register", *_NAMES]
 
 
-def register():
-    "Make `StrLoraConfig` known to PEFT, so that saved adapters load; importing any public name does it too."
+def _register_peft():
     importlib.import_module("strlora.tuner.register").register()
+
+
+def register():
+    "Make saved adapters loadable by PEFT and the small base model by transformers' Auto classes."
+    _register_peft()
+    importlib.import_module("strlora.backbones.mini").register()
 
 
 def __getattr__(name):
     if name not in _NAMES: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    register()
+    _register_peft()
     value = globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
     return value
 
@@ -30,4 +37,4 @@ def __dir__():
     return sorted({*globals(), *_NAMES})
 
 
-if "peft" in sys.modules: register()
+if "peft" in sys.modules: _register_peft()

@@ -12,9 +12,10 @@ from tiny import PAD, batch, gemma3, internvl, stir
 
 import strlora
 from strlora.core import SignalError, SpecError, StrLoraError
-from strlora.tuner.call import CALL, PROMPT
+from strlora.tuner.call import CALL
 from strlora.tuner.layer import MergeError, StrLoraLinear
-from strlora.tuner.model import layers_of, root_of
+from strlora.tuner.root import PROMPT, root_of
+from strlora.tuner.state import layers_of
 
 MODELS = {"internvl": internvl, "gemma3": gemma3}
 

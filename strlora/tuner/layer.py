@@ -16,7 +16,8 @@ from ..core import SignalError, SpecError, StrLoraError
 from ..moe.experts import Experts, Routing
 from ..moe.layer import ROUTERS, ConstantRouter
 from ..moe.signal import Context
-from .call import CALL, REMEDY, Call
+from .call import CALL, Call
+from .root import REMEDY
 
 # %% ../../nbs/08b_tuner_layer.ipynb #7ce930fa
 class MergeError(StrLoraError, NotImplementedError):
