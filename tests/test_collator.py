@@ -207,6 +207,14 @@ def test_only_the_last_user_turn_counts(family):
     assert processor.tokenizer.decode(inputs["input_ids"][0][:first]).count(QUESTION) == 1, "the second of two equal questions"
 
 
+def test_a_tokenizer_alone_serves_texts_alone():
+    tokenizer = internvl().tokenizer
+    tokenizer.chat_template = INTERNVL_TEMPLATE
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": QUESTION}]
+    ids = torch.tensor(tokenizer.apply_chat_template([talk], add_generation_prompt=True, return_dict=True)["input_ids"])
+    assert tokenizer.decode(ids[instruction_mask(tokenizer, [talk], ids)]) == QUESTION
+
+
 def test_several_texts_in_one_turn():
     processor = internvl()
     talk = [{"role": "user", "content": [{"type": "text", "text": "first"}, {"type": "image", "image": picture()},

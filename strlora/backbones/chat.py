@@ -134,11 +134,11 @@ class ImageTokens:
 
     def __init__(
         self,
-        processor: Any,                     # processor of an image-text-to-text model
+        processor: Any,                     # processor of an image-text-to-text model, or a tokenizer alone
         images_kwargs: dict | None = None,  # settings for its image processor
     ):
         self.processor, self.kwargs = processor, {"images_kwargs": images_kwargs} if images_kwargs else {}
-        self.placeholder: str = processor.image_token
+        self.placeholder: str | None = getattr(processor, "image_token", None)
         self.known: dict[tuple, str] = {}
 
     def __call__(
@@ -155,7 +155,7 @@ class ImageTokens:
         images: Sequence[Sequence],         # the images of each sample
     ) -> tuple[dict[str, Tensor], list[str]]:  # pixel values and what belongs to them; the expansion of each image
         "Run the processor on images alone."
-        text = [self.placeholder * len(some) for some in images]
+        text = [(self.placeholder or "") * len(some) for some in images]
         out = self.processor(images=[list(some) for some in images], text=text, padding=True, return_tensors="pt",
                              return_text_replacement_offsets=True, **self.kwargs)
         if "text_replacement_offsets" not in out:
@@ -168,16 +168,17 @@ class ImageTokens:
 # %% ../../nbs/09a_chat.ipynb #5cf63fa1
 def expand(
     pieces: Sequence[str],      # what `fill` returned
-    placeholder: str,           # the processor's image token
+    placeholder: str | None,    # the processor's image token; None if it knows no images
     expansions: Sequence[str],  # what to write for each image, in order
     where: object = None,       # sample or conversation, for the message
 ) -> list[str]:                 # as many pieces
     "Replace the image placeholders, which stand in the template's pieces (the even ones)."
-    found = sum(piece.count(placeholder) for piece in pieces[::2])
+    found = sum(piece.count(placeholder) for piece in pieces[::2]) if placeholder else 0
     if found != len(expansions):
         remedy = "Give each image a part of type 'image' in the conversation, and use a template that renders it."
         raise SignalError(expected=f"{placeholder!r} once for each of {len(expansions)} images", found=f"{found} times",
                           where=where, remedy=remedy)
+    if not placeholder: return list(pieces)
     todo, out = iter(expansions), []
     for i, piece in enumerate(pieces):
         before, *others = piece.split(placeholder) if i % 2 == 0 else [piece]

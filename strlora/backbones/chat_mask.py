@@ -91,7 +91,7 @@ def special_ids(
 
 # %% ../../nbs/09a_chat_mask.ipynb #4e8db1bb
 def instruction_mask(
-    processor: Any,                          # processor with a chat template and a fast tokenizer
+    processor: Any,                          # processor with a chat template and a fast tokenizer, or such a tokenizer
     conversations: Sequence[Sequence[dict]], # one list of messages a row
     input_ids: Tensor,                       # [b, t], padded at either side
     images: Sequence[Sequence] | None = None, # images of each conversation; None takes them from the parts of type "image"
