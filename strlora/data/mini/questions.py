@@ -65,10 +65,9 @@ def _aligned(rng: random.Random) -> tuple[Facts, str, list[tuple[str, str]]]:
 
 # %% ../../../nbs/01e_questions.ipynb #e2582e15
 def _caption(rng: random.Random, split: str) -> Asked:
-    facts, relation, [(kind, color), (other, paint)] = _aligned(rng)
-    answer = f"the {kind} painted {color} stands {relation} the {other} painted {paint} ."
-    turned = f"the {other} painted {paint} stands {OPPOSITE[relation]} the {kind} painted {color} ."
-    return Asked(facts, answer, {}, (answer, turned))
+    facts, relation, pair = _aligned(rng)
+    words = [f"{kind} painted {color}" for kind, color in (pair if relation in ("left of", "above") else pair[::-1])]
+    return Asked(facts, f"{words[0]} {'above' if relation in ('above', 'below') else 'left of'} {words[1]} .", {})
 
 
 def _count(rng: random.Random, split: str) -> Asked:

@@ -255,7 +255,8 @@ def _car(draw: ImageDraw.ImageDraw, facts: Facts) -> None:
 
 # %% ../../../nbs/01d_scenes.ipynb #d7e3237f
 ROOFS = ((200, 75, 55), (215, 215, 220), (120, 70, 55))
-GROUNDS = ((105, 135, 80), (150, 140, 100), (125, 150, 105), (165, 155, 125))
+GROUNDS = ((105, 135, 80), (150, 140, 100), (125, 150, 105), (165, 155, 125), (90, 115, 75), (140, 125, 95), (120, 130, 100),
+           (150, 155, 110))
 
 
 def aerial_facts(
@@ -269,16 +270,15 @@ def aerial_facts(
     free = [(r, c) for r in range(3) for c in range(3) if (r, c) not in lake]
     jitter = tuple((rng.randint(2, 10), rng.randint(2, 10), rng.randrange(3)) for _ in range(buildings))
     return {"kind": "aerial", "buildings": tuple(sorted(rng.sample(free, buildings))), "lake": lake,
-            "land": rng.randrange(4), "tint": (rng.randrange(2**31), rng.randint(-12, 12)), "jitter": jitter}
+            "land": rng.randrange(8), "ground": rng.randrange(2**31), "tint": rng.randint(-12, 12), "jitter": jitter}
 
 # %% ../../../nbs/01d_scenes.ipynb #be1f3490
 def aerial_draw(
     facts: Facts,  # of `aerial_facts`
 ) -> Image.Image:
     "Rough ground, a lake over two cells, roofs of two tones."
-    seed, tint = facts["tint"]
-    rough = np.random.default_rng(seed).integers(tint - 22, tint + 22, (16, 16, 1)) + np.array(GROUNDS[facts["land"]])
-    image = Image.fromarray(rough.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    rough = np.random.default_rng(facts["ground"]).integers(-22, 22, (16, 16, 1)) + np.array(GROUNDS[facts["land"]])
+    image = Image.fromarray((rough + facts["tint"]).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(image)
     for r, c in facts["lake"][:1]:
         draw.ellipse((32 * c + 2, 32 * r + 2, 32 * c + 62, 32 * r + 30), fill=(45, 100, 175))
