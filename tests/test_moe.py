@@ -49,7 +49,7 @@ def make(settings=None, seed=0, dropout=0.0, drifted=False, random_b=True) -> Mo
     with torch.no_grad():
         if random_b: layer.experts.A.normal_(), layer.experts.B.normal_()
         if drifted:
-            for name, p in layer.router._parameters.items():
+            for name, p in layer.router.live.items():
                 if name not in layer.router.frozen_names: p.add_(torch.randn_like(p), alpha=0.3 * p.std().item())
     return layer
 
@@ -305,7 +305,7 @@ def test_divergence_teaches_the_router_alone(settings):
     call(layer, x, instruction)[2]["kl"].backward()
     assert layer.experts.A.grad is None and layer.experts.B.grad is None and instruction.grad is None
     assert (x.grad is not None) == layer.router.kl_through_hidden
-    for name, p in layer.router._parameters.items(): assert (p.grad is not None and p.grad.any()) == (name not in layer.router.frozen_names)
+    for name, p in layer.router.live.items(): assert (p.grad is not None and p.grad.any()) == (name not in layer.router.frozen_names)
 
 
 def test_drift_of_stage_one_is_penalised():

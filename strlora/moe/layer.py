@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STAGE1', 'NORMS', 'ROUTERS', 'Router', 'ConstantRouter', 'MoELinear', 'check_counts', 'check_choices',
-           'router_parameters', 'reset_router', 'router_scores', 'per_sample', 'TwoStageRouter', 'divergence',
-           'released']
+           'router_parameters', 'reset_router', 'Scorer', 'read_instruction', 'per_sample', 'TwoStageRouter',
+           'divergence', 'released']
 
 # %% ../../nbs/07_layer.ipynb #74f3af7c
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from .experts import Experts, Routing, to_adapter
 from .regularization import Ema, masked_mean, routing_kl
 from .select import instruction_logits, straight_through, top_k_mask
 from .signal import Context
-from .weigh import attention_logits, expert_keys, subset_weights
+from .weigh import attention_logits, expert_keys, fold, subset_weights
 
 # %% ../../nbs/07_layer.ipynb #147fedb9
 class Router(Protocol):
@@ -143,24 +143,38 @@ def reset_router(
         else: nn.init.uniform_(p, -p.shape[1] ** -0.5, p.shape[1] ** -0.5)
 
 # %% ../../nbs/07_layer.ipynb #af1cdf1b
-def router_scores(
-    hidden: Tensor,                 # hidden states [b, t, d]
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    "A router that has read the instruction and waits for tokens."
+    z: Tensor              # scores of stage 1 [b, e]
+    log_p: Tensor | None   # stage 1's log-probabilities, if they are added to the scores of stage 2 [b, e]
+    query: Tensor | None   # W_q, unless it is folded into the keys [D, d]
+    keys: Tensor | None    # keys of the experts [b, e, D] or [b, e, d], or the linear sub-router [e, d]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        "Scores of both stages together, [b, t, d] to [b, t, e]."
+        if self.keys is None: return self.log_p[:, None].expand(-1, hidden.shape[1], -1)
+        linear = self.keys.dim() == 2
+        s = F.linear(hidden, self.keys).float() if linear else attention_logits(hidden, self.query, self.keys)
+        return s if self.log_p is None else s + self.log_p[:, None]
+
+
+def read_instruction(
     instruction: Tensor,            # instruction vectors [b, d_text]
-    weights: Mapping[str, Tensor],  # parameters, live or slow
+    weights: Mapping[str, Tensor],  # parameters of the router, live or slow
     norm: str,                      # what stage 1 does to the instruction vector
     prior: bool,                    # add stage 1's log-probability to the scores of stage 2
-) -> tuple[Tensor, Tensor]:         # scores of stage 1 [b, e] and of the whole router [b, t, e]
-    "Stage-1 scores, and the joint scores that become weights."
+    tokens: int,                    # tokens of a sample t
+) -> Scorer:                        # ready for hidden states
+    "Everything that a router computes from the instruction alone."
     z = instruction_logits(instruction, weights["text_router"], norm)
-    log_p = z.log_softmax(-1)[:, None]
+    query, keys = None, weights.get("token_router")
     if "query" in weights:
         keys = expert_keys(instruction, weights["key"], weights["prototypes"])
-        s = attention_logits(hidden, weights["query"], keys)
-    elif "token_router" in weights: s = F.linear(hidden, weights["token_router"]).float()
-    else: return z, log_p.expand(-1, hidden.shape[1], -1)
-    return z, s + log_p if prior else s
+        query, keys = fold(weights["query"], keys, tokens)
+    return Scorer(z, z.log_softmax(-1) if prior or keys is None else None, query, keys)
 
-
+# %% ../../nbs/07_layer.ipynb #1f3c7d7e
 def per_sample(
     hidden: Tensor,       # hidden states [b, t, d], or [b·t, d] with the tokens of a sample together
     instruction: Tensor,  # instruction vectors [b, d_text]
@@ -172,7 +186,7 @@ def per_sample(
     raise SignalError(expected=f"hidden states of {b} samples, [{b}, t, d] or [{b}·t, d]", found=tuple(hidden.shape),
                       where="router", remedy="Give the instruction mask and the batch the same number of rows.")
 
-# %% ../../nbs/07_layer.ipynb #5cbfe036
+# %% ../../nbs/07_layer.ipynb #f717a416
 class TwoStageRouter(nn.Module):
     "Stage 1 selects experts by the instruction, stage 2 weighs them token by token, a slow copy keeps both steady."
 
@@ -202,9 +216,15 @@ class TwoStageRouter(nn.Module):
         self.frozen_names = frozenset({"text_router"} if stage1 == "frozen" else ())
         for name, p in router_parameters(d_in, d_text, experts, sub_top_k, attention_dim).items():
             self.register_parameter(name, p.requires_grad_(name not in self.frozen_names))
-        reset_router(self._parameters)
-        slow = {name: p for name, p in self._parameters.items() if name not in self.frozen_names}
+        self.names = tuple(self._parameters)
+        reset_router(self.live)
+        slow = {name: p for name, p in self.live.items() if name not in self.frozen_names}
         self.ema = Ema(slow, ema_decay) if regularize and slow else None
+
+    @property
+    def live(self) -> dict[str, Tensor]:
+        "The parameters by name, as the forward pass sees them."
+        return {name: getattr(self, name) for name in self.names}
 
     def forward(
         self,
@@ -214,35 +234,38 @@ class TwoStageRouter(nn.Module):
         "Select by the instruction, weigh by the token; a pure function of its inputs."
         t = context.instruction.detach()
         x = per_sample(to_adapter(hidden, self.text_router.dtype), t)
-        z, scores = router_scores(x, t, self._parameters, self.instruction_norm, self.prior)
-        selected = top_k_mask(z, self.top_k)
+        scorer = self.read(t, x.shape[1], self.live)
+        selected, scores = top_k_mask(scorer.z, self.top_k), scorer(x)
         weights = subset_weights(scores, selected, self.sub_top_k or None)
         if self.stage1 == "straight_through": weights = straight_through(weights, scores.softmax(-1))
-        kl = None if self.ema is None or context.penalties is None else divergence(self, x, t, selected)
+        kl = None if self.ema is None or context.penalties is None else divergence(self, x, t, selected, scorer)
         penalties = {} if kl is None else {"kl": masked_mean(kl, None if self.padding else context.tokens)}
-        indices = None if self.top_k is None or self.stage1 == "straight_through" else z.topk(self.top_k, -1).indices
+        indices = None if self.top_k is None or self.stage1 == "straight_through" else scorer.z.topk(self.top_k, -1).indices
         return Routing(weights.reshape(*hidden.shape[:-1], -1), selected, scores, penalties, kl, indices)
+
+    def read(self, instruction: Tensor, tokens: int, weights: Mapping[str, Tensor]) -> Scorer:
+        "This router, live or slow, after reading the instructions."
+        return read_instruction(instruction, weights, self.instruction_norm, self.prior, tokens)
 
     def update_ema(self) -> None:
         "One step of the slow copy; call it once per optimizer step."
-        if self.ema is not None: self.ema.update(self._parameters)
+        if self.ema is not None: self.ema.update(self.live)
 
-# %% ../../nbs/07_layer.ipynb #f717a416
+# %% ../../nbs/07_layer.ipynb #43dbc14c
 def divergence(
     router: TwoStageRouter,  # a router with a slow copy
     x: Tensor,               # hidden states [b, t, d]
     t: Tensor,               # instruction vectors [b, d_text]
     selected: Tensor,        # the allowed experts [b, e]
+    scorer: Scorer,          # the live router after reading the instructions
 ) -> Tensor:                 # KL(slow router ‖ live router) of every token [b, t]
     "How far routing has moved; it teaches the router and, unless asked to, nothing below it."
-    scores = partial(router_scores, instruction=t, norm=router.instruction_norm, prior=router.prior)
-    live = scores(x if router.kl_through_hidden else x.detach(), weights=router._parameters)[1]
-    with torch.no_grad():
-        reference = scores(x, weights=router._parameters | router.ema.weights(router.text_router.dtype))[1]
+    live = scorer(x if router.kl_through_hidden else x.detach())
+    with torch.no_grad(): slow = router.read(t, x.shape[1], router.live | router.ema.weights(router.text_router.dtype))(x)
     covered = None if router.stage1 == "straight_through" else selected[:, None]
-    return routing_kl(reference, live, covered, router.temperature)
+    return routing_kl(slow, live, covered, router.temperature)
 
-# %% ../../nbs/07_layer.ipynb #7e62a580
+# %% ../../nbs/07_layer.ipynb #72fe1faf
 def released(
     **overrides: Any,  # settings that shall differ
 ) -> dict[str, Any]:   # settings of `TwoStageRouter`
@@ -254,7 +277,7 @@ def released(
     settings.setdefault("kl_through_hidden", not alone and settings["attention_dim"] == 0)
     return settings
 
-# %% ../../nbs/07_layer.ipynb #696b33f3
+# %% ../../nbs/07_layer.ipynb #f2af78e8
 def _constant(d_in: int, d_text: int, experts: int, **settings: Any) -> ConstantRouter:
     return ConstantRouter(experts)
 
