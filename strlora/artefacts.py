@@ -36,7 +36,8 @@ def _frame(folder: Path, name: str) -> pd.DataFrame:
     try:
         frame = pq.read_table(folder / name).to_pandas()
     except (OSError, ValueError) as error:
-        raise CheckpointError(expected="a parquet file", found=f"{type(error).__name__}: {error}", where=folder / name, remedy=AGAIN) from error
+        raise CheckpointError(expected="a parquet file", found=f"{type(error).__name__}: {error}", where=folder / name,
+                              remedy=AGAIN) from error
     if missing := [c for c in COLUMNS[name] if c not in frame.columns]:
         raise CheckpointError(expected=f"columns {', '.join(COLUMNS[name])}", found=f"no {', '.join(missing)}", where=folder / name,
                               remedy="The run was written by another version: run it again.")
@@ -46,8 +47,8 @@ def _frame(folder: Path, name: str) -> pd.DataFrame:
 def _document(folder: Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
     "A JSON file with its keys checked."
     document = read_json(folder / name)
-    missing = [k for k in keys if not isinstance(document, dict) or k not in document]
-    if missing: raise CheckpointError(expected=f"keys {', '.join(keys)}", found=f"no {', '.join(missing)}", where=folder / name, remedy=AGAIN)
+    if missing := [k for k in keys if not isinstance(document, dict) or k not in document]:
+        raise CheckpointError(expected=f"keys {', '.join(keys)}", found=f"no {', '.join(missing)}", where=folder / name, remedy=AGAIN)
     return document
 
 # %% ../nbs/15a_artefacts.ipynb #da7f4ee4
@@ -123,11 +124,13 @@ def load_run(
 ) -> Run:                 # checked and scored anew
     "Read a run; missing or damaged files, wrong columns and stale scores are a `CheckpointError`."
     folder = Path(folder)
-    if not folder.is_dir(): raise CheckpointError(expected="the folder of a run", found="none", where=folder, remedy="Make one with `strlora run`.")
+    if not folder.is_dir():
+        raise CheckpointError(expected="the folder of a run", found="none", where=folder, remedy="Make one with `strlora run`.")
     info, stream = _document(folder, "run.json", RUN_KEYS), _document(folder, "stream.json", STREAM_KEYS)
     optional = {name: _frame(folder, name) if (folder / name).exists() else None for name in ("train.parquet", "routing.parquet")}
     predictions = rescore(_frame(folder, "predictions.parquet"), folder / "predictions.parquet")
-    if predictions.empty: raise CheckpointError(expected="predictions", found="none yet", where=folder, remedy="Go on with `strlora resume`.")
+    if predictions.empty:
+        raise CheckpointError(expected="predictions", found="none yet", where=folder, remedy="Go on with `strlora resume`.")
     return Run(folder, info, stream, predictions, optional["train.parquet"], optional["routing.parquet"])
 
 # %% ../nbs/15a_artefacts.ipynb #8e143685
@@ -161,7 +164,8 @@ def specimen(
         "chunks": [{"index": k + 1, "size": sum(c.values()), "composition": c} for k, c in enumerate(counts)]})
     pd.DataFrame(rows, columns=list(COLUMNS["predictions.parquet"])).to_parquet(folder / "predictions.parquet")
     steps = np.arange(chunks * 8)
-    pd.DataFrame({"step": steps, "chunk": 1 + steps // 8, "loss": 2 * np.exp(-steps / 30) + 0.5, "lr": 1e-3}).to_parquet(folder / "train.parquet")
+    losses = pd.DataFrame({"step": steps, "chunk": 1 + steps // 8, "loss": 2 * np.exp(-steps / 30) + 0.5, "lr": 1e-3})
+    losses.to_parquet(folder / "train.parquet")
     if experts: _routing(rng, tasks, chunks, experts).to_parquet(folder / "routing.parquet")
     return folder
 
@@ -175,7 +179,8 @@ def _routing(rng: np.random.Generator, tasks: Sequence[str], chunks: int, expert
                 weight = np.exp(3 * k / chunks * (np.arange(experts) == j % experts) + 0.2 * rng.random(experts))
                 weight /= weight.sum()
                 entropy = float(-(weight * np.log(weight)).sum())
-                rows += [(k, layer, t, e, weight[e], float(weight[e] >= np.sort(weight)[-min(2, experts)]), entropy) for e in range(experts)]
+                selected = (weight >= np.sort(weight)[-min(2, experts)]).astype(float)
+                rows += [(k, layer, t, e, weight[e], selected[e], entropy) for e in range(experts)]
     return pd.DataFrame(rows, columns=list(COLUMNS["routing.parquet"]))
 
 # %% ../nbs/15a_artefacts.ipynb #bf5ff4f5
@@ -197,8 +202,9 @@ def collect(
     for method in methods:
         for seed in seeds:
             if (method, seed, stream) not in found:
-                raise CheckpointError(expected=f"a finished run of {method} on {stream} with seed {seed}", found="none", where=Path(root) / scale,
-                                      remedy=f"Make it: strlora run --set method={method} --set stream.name={stream} --seed {seed}")
+                raise CheckpointError(
+                    expected=f"a finished run of {method} on {stream} with seed {seed}", found="none", where=Path(root) / scale,
+                    remedy=f"Make it: strlora run --set method={method} --set stream.name={stream} --seed {seed}")
             out.append(load_run(found[method, seed, stream]))
     return out
 

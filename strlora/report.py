@@ -35,7 +35,8 @@ def table(
         cells = []
         for k in shown:
             known = k == 0 or seen.loc[k, task] > 0 if task in seen else k == 0
-            cells.append((f"{scores.loc[k, task]:5.1f}" if known else "·".rjust(5)) + ("*" if k and known and counts.loc[k, task] else " "))
+            mark = "*" if k and known and counts.loc[k, task] else " "
+            cells.append((f"{scores.loc[k, task]:5.1f}" if known else "·".rjust(5)) + mark)
         lines.append(f"{task[:10]:11}" + "".join(cells))
     ap = AP_k(scores, counts, definition)
     lines += ["", f"{'AP':11}" + "".join((f"{ap[k]:5.1f} " if k else " " * 6) for k in shown), "", _verdict(run, split)]
@@ -205,7 +206,8 @@ def compare(
     for name in names:
         for label, group in groups.items():
             low, high = interval([drawn[label][key][name] for key in group])
-            row = {"metric": name, "method": label, "seeds": len(group), "mean": np.mean([point[label][k][name] for k in group]), "low": low, "high": high}
+            mean = np.mean([point[label][k][name] for k in group])
+            row = {"metric": name, "method": label, "seeds": len(group), "mean": mean, "low": low, "high": high}
             if reference is not None and label != reference: row |= _difference(name, label, reference, groups, drawn, point)
             rows.append(row)
     frame = pd.DataFrame(rows)
@@ -219,8 +221,10 @@ def _difference(name, label, reference, groups, drawn, point) -> dict[str, float
     shared = [k for k in groups[label] if k in groups[reference]]
     for key in shared:
         if not groups[label][key].counts.equals(groups[reference][key].counts):
-            raise SpecError("runs of one seed saw different streams", where=groups[label][key].folder, remedy="Compare runs of the same stream.")
+            raise SpecError("runs of one seed saw different streams", where=groups[label][key].folder,
+                            remedy="Compare runs of the same stream.")
     if not shared: return {"pairs": 0}
     d = [point[label][k][name] - point[reference][k][name] for k in shared]
     low, high = interval([drawn[label][k][name] - drawn[reference][k][name] for k in shared])
-    return {"pairs": len(shared), "difference": np.mean(d), "d low": low, "d high": high, "p (t)": paired_t(d)[1], "p (signs)": sign_flip(d)}
+    return {"pairs": len(shared), "difference": np.mean(d), "d low": low, "d high": high,
+            "p (t)": paired_t(d)[1], "p (signs)": sign_flip(d)}

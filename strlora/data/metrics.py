@@ -74,7 +74,7 @@ class Definition:
     reference: str = sourced("max", "Chaudhry et al. 2018",
                              'score that forgetting is measured from: "max" so far | "previous" | "last-seen" (after its latest chunk)')
     start: str = sourced("exposure", "ours: nothing learned, nothing to forget",
-                         'where the reference may lie: from the first "exposure" of the task | "stream": from chunk 1 | "floor": from before training')
+                       'where the reference may lie: from the first "exposure" on | "stream": chunk 1 | "floor": before training')
     divide: str = sourced("K-1", "ours: the first chunk has nothing to forget", 'divisor of MAF: "K-1" | "K"')
     points: str = sourced("every", "ours: a mean over the stream needs the whole stream",
                           'evaluated chunks: "every" chunk, else an error | "evaluated": those there are, and K counts them')
@@ -101,7 +101,7 @@ class Grid:
 def grid(
     scores: pd.DataFrame,             # after_chunk x task
     counts: pd.DataFrame,             # chunk x task
-    definition: Definition = STRICT,
+    definition: Definition = STRICT,  # what exactly is meant
 ) -> Grid:                            # checked: every seen task has a score in every row
     "Line up a score matrix with the composition of its stream; what does not fit is a `RecordError`."
     chunks = scores.index.to_numpy()
@@ -211,7 +211,7 @@ METRICS = {"MAP": _map, "MAF": _maf, "final AP": _final, "retention gap": _reten
 def measure(
     scores: pd.DataFrame,              # after_chunk x task, points of 100
     counts: pd.DataFrame,              # chunk x task, training samples
-    definition: Definition = STRICT,
+    definition: Definition = STRICT,  # what exactly is meant
 ) -> dict[str, float]:                 # metric name -> points of 100
     "All metrics of `METRICS` at once; one that the matrix cannot tell is not a number."
     g, a = grid(scores, counts, definition), scores.to_numpy(float)
@@ -219,29 +219,29 @@ def measure(
 
 
 def MAP(scores: pd.DataFrame, counts: pd.DataFrame, definition: Definition = STRICT) -> float:
-    "Mean over the stream of AP_k, in points."
+    "Mean over the stream of AP_k, in points. Arguments `scores`, `counts`, `definition` as in `measure`."
     return measure(scores, counts, definition)["MAP"]
 
 
 def MAF(scores: pd.DataFrame, counts: pd.DataFrame, definition: Definition = STRICT) -> float:
-    "Mean over the stream of AF_k, in points; not a number for one chunk."
+    "Mean over the stream of AF_k, in points; not a number for one chunk. Arguments `scores`, `counts`, `definition` as in `measure`."
     return measure(scores, counts, definition)["MAF"]
 
 
 def AP_k(scores: pd.DataFrame, counts: pd.DataFrame, definition: Definition = STRICT) -> pd.Series:
-    "AP after each evaluated chunk, in points."
+    "AP after each evaluated chunk, in points. Arguments `scores`, `counts`, `definition` as in `measure`."
     return pd.Series(performance(scores.to_numpy(float), grid(scores, counts, definition)), scores.index, name="AP")
 
 
 def AF_k(scores: pd.DataFrame, counts: pd.DataFrame, definition: Definition = STRICT) -> pd.Series:
-    "AF after each evaluated chunk, in points; not a number where no task could be forgotten yet."
+    "AF after each evaluated chunk; not a number where nothing can be forgotten. `scores`, `counts`, `definition` as in `measure`."
     return pd.Series(_af(scores.to_numpy(float), grid(scores, counts, definition)), scores.index, name="AF")
 
 # %% ../../nbs/10_metrics.ipynb #2900ba30
 def bootstrap(
     samples: Mapping[str, pd.DataFrame],   # of one run: task -> evaluated chunks x samples (`sample_scores`)
     counts: pd.DataFrame,                  # chunk x task
-    definition: Definition = STRICT,
+    definition: Definition = STRICT,  # what exactly is meant
     draws: int = 1000,                     # resampled test sets
     seed: int = 0,                         # runs compared with each other must share it
 ) -> dict[str, np.ndarray]:                # metric name -> [draws]
