@@ -10,6 +10,7 @@ __all__ = ['STAGE1', 'NORMS', 'ROUTERS', 'Router', 'ConstantRouter', 'MoELinear'
 # %% ../../nbs/07_layer.ipynb #74f3af7c
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -147,16 +148,21 @@ def reset_router(
 class Scorer:
     "A router that has read the instruction and waits for tokens."
     z: Tensor              # scores of stage 1 [b, e]
-    log_p: Tensor | None   # stage 1's log-probabilities, if they are added to the scores of stage 2 [b, e]
+    prior: bool            # whether stage 1's log-probability is added to the scores of stage 2
     query: Tensor | None   # W_q, unless it is folded into the keys [D, d]
     keys: Tensor | None    # keys of the experts [b, e, D] or [b, e, d], or the linear sub-router [e, d]
 
+    @cached_property
+    def log_p(self) -> Tensor:
+        "Log-probabilities of stage 1 [b, 1, e]."
+        return self.z.log_softmax(-1)[:, None]
+
     def __call__(self, hidden: Tensor) -> Tensor:
         "Scores of both stages together, [b, t, d] to [b, t, e]."
-        if self.keys is None: return self.log_p[:, None].expand(-1, hidden.shape[1], -1)
+        if self.keys is None: return self.log_p.expand(-1, hidden.shape[1], -1)
         linear = self.keys.dim() == 2
         s = F.linear(hidden, self.keys).float() if linear else attention_logits(hidden, self.query, self.keys)
-        return s if self.log_p is None else s + self.log_p[:, None]
+        return s + self.log_p if self.prior else s
 
 
 def read_instruction(
@@ -172,7 +178,7 @@ def read_instruction(
     if "query" in weights:
         keys = expert_keys(instruction, weights["key"], weights["prototypes"])
         query, keys = fold(weights["query"], keys, tokens)
-    return Scorer(z, z.log_softmax(-1) if prior or keys is None else None, query, keys)
+    return Scorer(z, prior, query, keys)
 
 # %% ../../nbs/07_layer.ipynb #1f3c7d7e
 def per_sample(
@@ -238,8 +244,10 @@ class TwoStageRouter(nn.Module):
         selected, scores = top_k_mask(scorer.z, self.top_k), scorer(x)
         weights = subset_weights(scores, selected, self.sub_top_k or None)
         if self.stage1 == "straight_through": weights = straight_through(weights, scores.softmax(-1))
-        kl = None if self.ema is None or context.penalties is None else divergence(self, x, t, selected, scorer)
-        penalties = {} if kl is None else {"kl": masked_mean(kl, None if self.padding else context.tokens)}
+        kl, penalties = None, {}
+        if self.ema is not None and context.penalties is not None:
+            kl = divergence(self, self.ema, x, t, selected, scorer)
+            penalties["kl"] = masked_mean(kl, None if self.padding else context.tokens)
         indices = None if self.top_k is None or self.stage1 == "straight_through" else scorer.z.topk(self.top_k, -1).indices
         return Routing(weights.reshape(*hidden.shape[:-1], -1), selected, scores, penalties, kl, indices)
 
@@ -253,7 +261,8 @@ class TwoStageRouter(nn.Module):
 
 # %% ../../nbs/07_layer.ipynb #43dbc14c
 def divergence(
-    router: TwoStageRouter,  # a router with a slow copy
+    router: TwoStageRouter,  # the live router
+    ema: Ema,                # its slow copy
     x: Tensor,               # hidden states [b, t, d]
     t: Tensor,               # instruction vectors [b, d_text]
     selected: Tensor,        # the allowed experts [b, e]
@@ -261,7 +270,7 @@ def divergence(
 ) -> Tensor:                 # KL(slow router ‖ live router) of every token [b, t]
     "How far routing has moved; it teaches the router and, unless asked to, nothing below it."
     live = scorer(x if router.kl_through_hidden else x.detach())
-    with torch.no_grad(): slow = router.read(t, x.shape[1], router.live | router.ema.weights(router.text_router.dtype))(x)
+    with torch.no_grad(): slow = router.read(t, x.shape[1], router.live | ema.weights(router.text_router.dtype))(x)
     covered = None if router.stage1 == "straight_through" else selected[:, None]
     return routing_kl(slow, live, covered, router.temperature)
 

@@ -38,7 +38,7 @@ def pool_instruction(
 class Penalties:
     "The penalty terms of one forward pass: layers add scalars, the root takes their means and closes."
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values: dict[str, list[Tensor]] = {}
         self.closed = False
 
