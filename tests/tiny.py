@@ -44,7 +44,7 @@ def gemma3(seed: int = 0) -> Gemma3ForConditionalGeneration:
 def liven(model: torch.nn.Module) -> torch.nn.Module:
     "Larger weights, so that inputs and adapters visibly matter."
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() == 2: p.mul_(3)
     return model.eval()
 

@@ -87,19 +87,19 @@ class StrLoraConfig(PeftConfig):
     lora_alpha: float = sourced(128, "official code", "numerator of the scale lora_alpha / r")
     lora_dropout: float = sourced(0.05, "official code", "probability of dropping an input feature")
     init_experts: str = sourced("normal", "official code", "start of A: 'normal' or 'kaiming' (PEFT's LoRA); B starts at zero")
-    router: str = sourced("two_stage", "abstract", "how experts are chosen: a name in strlora.moe.layer.ROUTERS")
+    router: str = sourced("two_stage", "abstract", "a name in strlora.moe.layer.ROUTERS")
     top_k: int | None = sourced(2, "official code", "stage 1: experts a sample may use; None or 0 for all")
-    sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None weighs all of the subset, 0 leaves stage 2 out")
-    attention_dim: int = sourced(32, "ours: keeps the adapter below 1.3 times the parameters of LoRA; official code: 64", "width of the attention between token and instruction; 0 for a linear router")
-    share_routers: bool = sourced(True, "ours: layers that read the same input need one answer", "one router for q/k/v and one for gate/up")
-    stage1: str = sourced("prior", "ours: the official stage-1 router receives no gradient", "'prior', 'straight_through' or 'frozen'")
-    instruction_norm: str = sourced("layer", "ours: embedding scales differ between model families", "'layer' or 'none' before stage 1")
-    kl_weight: float = sourced(0.1, "official code", "weight of the routing-stability penalty")
+    sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None all of the subset, 0 no stage 2")
+    attention_dim: int = sourced(32, "ours: below 1.3 times LoRA's parameters (official: 64)", "width of stage 2; 0 for a linear one")
+    share_routers: bool = sourced(True, "ours: the same input needs one answer", "one router for q, k, v and one for gate, up")
+    stage1: str = sourced("prior", "ours: the official one receives no gradient", "'prior', 'straight_through' or 'frozen'")
+    instruction_norm: str = sourced("layer", "ours: scales differ between model families", "'layer' or 'none' before stage 1")
+    kl_weight: float = sourced(0.1, "official code", "weight of the routing-stability penalty; 0 keeps no slow router")
     kl_temperature: float = sourced(1.0, "official code", "temperature of both routers in the penalty")
     kl_padding: bool = sourced(False, "ours: padding carries no meaning", "count padding in the mean of the penalty")
-    kl_through_hidden: bool = sourced(False, "ours: the penalty is about routers", "let the penalty of a linear router reach the hidden states")
-    ema_decay: float = sourced(0.999, "official code", "share of the past that the slow router keeps at an optimizer step")
-    target_modules: list[str] | str | None = sourced(None, "official code: all linears of the language model", "as in PEFT; None for the default of the architecture")
+    kl_through_hidden: bool = sourced(False, "ours: the penalty is about routers", "let a linear router's penalty reach the hidden states")
+    ema_decay: float = sourced(0.999, "official code", "share of the past that the slow router keeps at a step")
+    target_modules: list[str] | str | None = sourced(None, "official code: the language model's linears", "as in PEFT; None for these")
     exclude_modules: list[str] | str | None = sourced(None, "PEFT", "as in PEFT")
     modules_to_save: list[str] | None = sourced(None, "PEFT", "modules trained and saved whole, for example the projector")
     bias: str = sourced("none", "PEFT", "'none', 'all' or 'strlora_only'")
@@ -119,8 +119,9 @@ class StrLoraConfig(PeftConfig):
             if name not in known: raise unknown("setting", name, sorted(known), where="StrLoraConfig.released")
         same = {"top_k", "sub_top_k", "attention_dim", "stage1", "instruction_norm", "kl_through_hidden"}
         settings = released_router(**{name: value for name, value in overrides.items() if name in same})
-        renamed = {"kl_padding": settings.pop("padding"), "share_routers": False} | ({} if settings.pop("regularize", True) else {"kl_weight": 0.0})
-        return cls(**(settings | renamed | overrides))
+        settings |= {"kl_padding": settings.pop("padding"), "share_routers": False}
+        if not settings.pop("regularize", True): settings["kl_weight"] = 0.0
+        return cls(**(settings | overrides))
 
     def router_settings(self) -> dict[str, Any]:
         "The keywords from which a router of `strlora.moe.layer.ROUTERS` is built."

@@ -8,7 +8,6 @@ __all__ = ['LINEARS', 'IN_LANGUAGE_MODEL', 'SAME_INPUT', 'default_targets', 'tex
 
 # %% ../../nbs/08c_tuner.ipynb #2f11160f
 import re
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..core import SpecError
 from .call import collected, recorded
 from .layer import StrLoraLinear, check_linear, refuse_merge
 from .root import Root, input_embeddings, instructed, root_of
-from .state import freeze, load_trainable_state, parameter_counts, trainable_state, update_ema
+from .state import StateMethods, update_ema
 
 # %% ../../nbs/08c_tuner.ipynb #818096ed
 LINEARS = r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -75,7 +74,7 @@ def owner_of(
     return owners[0] if owners else None
 
 # %% ../../nbs/08c_tuner.ipynb #1938645f
-class StrLoraModel(BaseTuner):
+class StrLoraModel(StateMethods, BaseTuner):
     "The tuner of StrLoRA: `model.base_model` of a wrapped model."
     prefix = "strlora_"
     tuner_layer_cls = StrLoraLinear
@@ -107,25 +106,19 @@ class StrLoraModel(BaseTuner):
     @property
     def root(self) -> Root:
         "What opens and closes the calls of this model."
-        return root_of(self.model)
+        root = root_of(self.model)
+        if root is None: raise SpecError(expected="a wrapped model", found="an unloaded one", where="StrLoraModel", remedy="Wrap it again.")
+        return root
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge: raise refuse_merge()
-        root = self.root
+        root = root_of(self.model)
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         if root is not None: root.remove()
         return model
 
     def _check_merge_allowed(self) -> None:
         raise refuse_merge()
-
-    def update_ema(self) -> None:
-        "One step of the slow routers: call it once after every optimizer step."
-        update_ema(self)
-
-    def freeze(self, names: Iterable[str] = ()) -> None:
-        "Freeze these router parameters (or `experts`) of the active adapters and no others, until called again."
-        freeze(self, names)
 
     def record_routing(self) -> AbstractContextManager[list]:
         "`with tuner.record_routing() as rows:` collects (layer, adapter, routing) of every forward pass in the block."
@@ -135,21 +128,10 @@ class StrLoraModel(BaseTuner):
         "`with tuner.collect_penalties() as terms:` holds the unweighted terms of the latest forward pass in the block."
         return collected()
 
-    def instructed(self, instruction_mask: Tensor, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> AbstractContextManager[None]:
+    def instructed(self, instruction_mask: Tensor, input_ids: Tensor | None = None,
+                   inputs_embeds: Tensor | None = None) -> AbstractContextManager[None]:
         "For decoding loops of one's own: every forward pass in the block is routed by this prompt."
         return instructed(self.root, instruction_mask, input_ids, inputs_embeds)
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        "All that training changes: trainable parameters and slow routers, by name, without copies."
-        return trainable_state(self)
-
-    def load_trainable_state(self, values: dict[str, Tensor]) -> None:
-        "Put a state back."
-        load_trainable_state(self, values)
-
-    def parameter_counts(self) -> dict[str, int]:
-        "Numbers of parameters by kind."
-        return parameter_counts(self)
 
 # %% ../../nbs/08c_tuner.ipynb #b8016bdc
 class EmaCallback(TrainerCallback):

@@ -44,12 +44,14 @@ def instruction_of(
     inputs_embeds: Tensor | None, # their embeddings, where there are no ids [b, t, d]
 ) -> Tensor:                      # instruction vectors, float32 [b, d]
     "Pool the instruction from frozen input embeddings; a mask that does not fit is a `SignalError`."
-    given = input_ids if input_ids is not None else inputs_embeds
+    given: Any = input_ids if input_ids is not None else inputs_embeds
     if not isinstance(mask, Tensor) or mask.is_floating_point():
-        raise SignalError(expected="a tensor of truth values", found=getattr(mask, "dtype", type(mask).__name__), where="instruction_mask", remedy=REMEDY)
-    if given is None or mask.shape != given.shape[:2]:
-        raise SignalError(expected=f"the shape of input_ids, {None if given is None else tuple(given.shape[:2])}", found=tuple(mask.shape),
-                          where="instruction_mask", remedy="In a decoding loop of your own use tuner.instructed(...): the prompt decides once.")
+        raise SignalError(expected="a tensor of truth values", found=getattr(mask, "dtype", type(mask).__name__),
+                          where="instruction_mask", remedy=REMEDY)
+    shape = None if given is None else tuple(given.shape[:2])
+    if mask.shape != shape:
+        raise SignalError(expected=f"the shape of input_ids, {shape}", found=tuple(mask.shape), where="instruction_mask",
+                          remedy="In a decoding loop of your own use tuner.instructed(...): the prompt decides once.")
     mask = mask.to(given.device, torch.bool)
     if input_ids is not None: inputs_embeds = input_embeddings(model)(input_ids.masked_fill(~mask, 0))
     return pool_instruction(inputs_embeds, mask)
@@ -74,9 +76,10 @@ def prompted(
     prompt = PROMPT.get()
     while prompt is not None and prompt.root is not root: prompt = prompt.previous
     if prompt is None or rows is None: return None
-    if rows % prompt.instruction.shape[0]:
-        raise SignalError(expected=f"a multiple of {prompt.instruction.shape[0]} rows, as many as prompts", found=rows, where="generate", remedy=REMEDY)
-    return prompt.instruction.repeat_interleave(rows // prompt.instruction.shape[0], 0)
+    prompts = prompt.instruction.shape[0]
+    if rows % prompts:
+        raise SignalError(expected=f"one or more rows for each of {prompts} prompts", found=rows, where="generate", remedy=REMEDY)
+    return prompt.instruction.repeat_interleave(rows // prompts, 0)
 
 # %% ../../nbs/08a_tuner_root.ipynb #829f17c3
 def real_tokens(
@@ -99,7 +102,7 @@ def share_of_batch(
 # %% ../../nbs/08a_tuner_root.ipynb #317db1a0
 def with_penalties(
     output: Any,                  # what the model returned
-    call: Call,                   # the call that ends
+    call: Any,                    # the call that ends, with penalties
     weights: dict[str, float],    # weight of each term, `adapter/name`
 ) -> Any:                         # the output with the penalties in its loss and beside it
     "Add weighted penalties to the loss; hand them out unweighted as `output.penalties`."
@@ -123,7 +126,8 @@ def penalties_of(
 ) -> dict[str, Tensor]:        # unweighted scalars by name
     "The penalties of one forward pass, also after a library has rebuilt its output."
     for place in (output, getattr(output, "loss", None)):
-        if isinstance(getattr(place, "penalties", None), dict): return place.penalties
+        terms = getattr(place, "penalties", None)
+        if isinstance(terms, dict): return terms
     return {}
 
 # %% ../../nbs/08a_tuner_root.ipynb #632959ec
@@ -136,7 +140,7 @@ def fill(
 ) -> None:
     "Shape, instruction, real tokens, and a place for penalty terms."
     ids, embeddings, labels = given.get("input_ids"), given.get("inputs_embeds"), given.get("labels")
-    first = ids if ids is not None else embeddings
+    first: Any = ids if ids is not None else embeddings
     rows = None if first is None else first.shape[0]
     instruction = prompted(call.root, rows)
     if instruction is None and mask is not None: instruction = instruction_of(model, mask, ids, embeddings)
