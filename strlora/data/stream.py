@@ -44,7 +44,8 @@ class Lazy(Sequence):
         make: Callable[[int], Any],  # position to item; the same item every time
         keep: int = 2,               # how many items stay in memory
     ):
-        self.size, self.make, self.keep, self._kept = size, make, keep, {}
+        self.size, self.make, self.keep = size, make, keep
+        self._kept: dict[int, Any] = {}
 
     def __len__(self) -> int: return self.size
 

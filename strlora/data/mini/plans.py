@@ -35,14 +35,14 @@ def window_spans(
     order = rng.sample(range(tasks), tasks)
     gone = set(rng.sample(range(max(1, tasks * 6 // 10)), k=min(4, tasks // 2)))
     stay = [rank for rank in range(tasks) if rank not in gone]
-    late = rng.sample(range(len(stay)), len(stay))
+    late = dict(zip(stay, rng.sample(np.linspace(.68, .9, len(stay)).tolist(), len(stay)), strict=True))
     spans: list[list[tuple[float, float]]] = [[] for _ in range(tasks)]
     for rank, task in enumerate(order):
         start = .6 * max(0, rank - 1) / max(1, tasks - 2)
         end = start + rng.uniform(.16, .22)
         again = min(end + rng.uniform(.06, .14), .56)
         spans[task] = [(start, end)] + [(again, again + .1)] * (again > end)
-        if rank not in gone: spans[task].append((at := .68 + .22 * late[stay.index(rank)] / max(1, len(stay) - 1), at + .12))
+        if rank in late: spans[task].append((late[rank], late[rank] + .12))
     return spans
 
 # %% ../../../nbs/01g_plans.ipynb #a069a71e
@@ -70,7 +70,8 @@ def window_activity(
     for task, spans in enumerate(window_spans(rng, tasks)):
         for low, high in spans: active[(middle >= low) & (middle < high), task] = rng.uniform(.5, 1.5)
         if not active[:, task].any(): active[min(chunks - 1, int(spans[0][0] * chunks)), task] = 1
-    for row in np.flatnonzero(active.sum(1) == 0): active[row] = active[max(0, row - 1)] + (row == 0)
+    for row in range(chunks):
+        if not active[row].any(): active[row] = active[row - 1] if row else 1
     return active
 
 
