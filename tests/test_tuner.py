@@ -269,6 +269,8 @@ def test_loss_is_language_loss_plus_weighted_penalty():
     assert out.penalties.keys() == {"kl"} and "penalties" not in out.keys() and out.penalties["kl"] > 0.01
     assert torch.allclose(out.loss, lm + 0.25 * out.penalties["kl"], atol=1e-6)
     assert strlora.penalties_of(type(out)(dict(out))) == out.penalties  # rebuilt, as libraries do
+    with model.base_model.collect_penalties() as terms: raw = dict(model(**prompt(given)))
+    assert "penalties" not in raw and torch.equal(terms["kl"], out.penalties["kl"]) and terms["kl"].requires_grad
     with torch.no_grad():
         silent = model(**given)
         assert torch.allclose(silent.loss, lm, atol=1e-6) and strlora.penalties_of(silent) == {}
@@ -594,6 +596,10 @@ class Flat(torch.nn.Module):
         x = self.embed(input_ids)
         y = self.up_proj(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if flat else self.up_proj(x)
         return self.head(x + y)
+
+
+def test_default_targets_of_a_text_model():
+    assert [layer.name for layer in layers_of(get_peft_model(Flat(), config()))] == ["up_proj"]
 
 
 def test_flat_hidden_states():

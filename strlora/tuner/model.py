@@ -32,7 +32,7 @@ def default_targets(
 ) -> str:              # a regular expression over module names
     "The linear layers of the language model; a `SpecError` if none is found."
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for pattern in (IN_LANGUAGE_MODEL, rf".*\.{LINEARS}"):
+    for pattern in (IN_LANGUAGE_MODEL, rf"(.*\.)?{LINEARS}"):
         if any(re.fullmatch(pattern, name) for name in names): return pattern
     raise SpecError(expected="linear layers of a language model (q_proj, ..., down_proj)", found=f"none in {type(model).__name__}",
                     where="StrLoraConfig.target_modules", remedy="Name the layers yourself: target_modules=[...] or 'all-linear'.")
