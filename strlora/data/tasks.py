@@ -41,7 +41,7 @@ def parse_box(
     left, top, right, bottom = map(float, match.groups())
     return (left, top, right, bottom) if left < right and top < bottom else None
 
-
+# %% ../../nbs/01a_tasks.ipynb #c8dcd4d6
 def iou(
     a: Sequence[float],  # left, top, right, bottom
     b: Sequence[float],  # left, top, right, bottom
@@ -60,7 +60,7 @@ def box_hit(
     box, golds = parse_box(prediction), [gold for gold in map(parse_box, references) if gold]
     return float(box is not None and any(iou(box, gold) > .5 for gold in golds))
 
-# %% ../../nbs/01a_tasks.ipynb #ff260097
+# %% ../../nbs/01a_tasks.ipynb #bf3bad61
 def lcs(
     a: Sequence[str],  # words
     b: Sequence[str],  # words
@@ -72,7 +72,7 @@ def lcs(
         for j, y in enumerate(b, 1): before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
     return row[-1]
 
-
+# %% ../../nbs/01a_tasks.ipynb #31b3c5cf
 def rouge_l(
     prediction: str,            # what the model said
     references: Sequence[str],  # sentences of which any may be met
@@ -84,7 +84,7 @@ def rouge_l(
         if common: best = max(best, 2 * common / (len(words) + len(gold)))
     return best
 
-# %% ../../nbs/01a_tasks.ipynb #bd753845
+# %% ../../nbs/01a_tasks.ipynb #4a00ac5e
 METRICS = {"exact": exact, "box": box_hit, "rouge_l": rouge_l}
 
 
@@ -104,7 +104,7 @@ TASKS: dict[str, Task] = {name: Task(name, mirrors, metric, 1, tokens) for name,
     ("gqa", "GQA", "exact", 5), ("rs", "RSVQA-HR", "exact", 7), ("chart", "ChartQA", "exact", 5),
     ("fin", "FinVis", "exact", 8), ("grounding", "RefCOCO", "box", 9))}
 
-# %% ../../nbs/01a_tasks.ipynb #8efdbdfb
+# %% ../../nbs/01a_tasks.ipynb #4c124076
 def score(
     task: str,                       # a key of `TASKS`
     prediction: str,                 # what the model said

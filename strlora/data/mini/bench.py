@@ -40,7 +40,7 @@ def make_sample(
     content = hashlib.sha256(repr((sorted(asked.facts.items()), text, asked.answer)).encode()).hexdigest()
     return Sample(f"{task}-{content[:16]}", (draw(asked.facts),), text, asked.answer, task, asked.references, form.name)
 
-
+# %% ../../../nbs/01h_mini.ipynb #fa86d9e8
 def make_samples(
     task: str,                  # a key of `FORMS`
     n: int,                     # how many
@@ -55,7 +55,7 @@ def make_samples(
             samples.append(make_sample(task, form, asked, instruct(task, form, asked, rng.random(), style)))
     return samples
 
-# %% ../../../nbs/01h_mini.ipynb #917f16c3
+# %% ../../../nbs/01h_mini.ipynb #4111fe2c
 @functools.cache
 def test_set(
     task: str,               # a key of `FORMS`
@@ -81,7 +81,7 @@ def test_set(
 
 test_set.__test__ = False  # type: ignore[attr-defined]  # not a test case for pytest
 
-# %% ../../../nbs/01h_mini.ipynb #e94dde24
+# %% ../../../nbs/01h_mini.ipynb #71f3fef3
 REPORTING_SEEDS = (0, 1, 2, 3, 4)   # for published numbers
 TUNING_SEEDS = (100, 101, 102)      # for choosing rates and other settings
 
@@ -91,7 +91,7 @@ def _whole(**fields: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SpecError(expected="a whole number above 0", found=repr(value), where=f"stream.{name}")
 
-# %% ../../../nbs/01h_mini.ipynb #71f3fef3
+# %% ../../../nbs/01h_mini.ipynb #2337e4b5
 def mini_stream(
     name: str = "windows",   # "windows", "strcvit", "abrupt", "cyclic" or "uniform"
     seed: int = 0,           # other seeds, other streams of the same kind
@@ -112,14 +112,14 @@ def mini_stream(
     tests = {task: test_set(task, test_size, proxy_size, style) for task in TASK_NAMES}
     return Stream(name, seed, Lazy(chunks, make), tests, TASK_NAMES, rows)
 
-
+# %% ../../../nbs/01h_mini.ipynb #7aeb06c7
 def _chunk(rows: tuple[dict[str, int], ...], key: str, style: str, i: int) -> Chunk:
     rng = random.Random(f"{key} {i}")
     samples = [sample for task, n in rows[i].items() for sample in make_samples(task, n, rng, style=style)]
     rng.shuffle(samples)
     return Chunk(i + 1, tuple(samples), dict(rows[i]))
 
-# %% ../../../nbs/01h_mini.ipynb #cb80e7bb
+# %% ../../../nbs/01h_mini.ipynb #7d248fb1
 def joint_samples(
     per_task: int,          # samples of each task
     seed: int = 0,          # other seeds, other samples
@@ -139,7 +139,7 @@ def blanked(
     blank = Image.new("RGB", (SIZE, SIZE), (128, 128, 128))
     return [dataclasses.replace(sample, images=(blank,)) for sample in samples]
 
-
+# %% ../../../nbs/01h_mini.ipynb #decb23a0
 def frequent_answers(
     samples: Iterable[Sample],   # training samples of one task or several
     candidates: int = 20,        # the commonest answers of a form, of which the one that scores best is taken

@@ -157,7 +157,7 @@ def _page(rng: random.Random) -> tuple[Image.Image, str]:
     color = rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
     return Image.new("RGB", (SIZE, SIZE), color), f"a blank page . words : {' '.join(rng.sample(_words(), 8))} ."
 
-
+# %% ../../../nbs/01f_captions.ipynb #4e1a4008
 def captions(
     n: int,              # how many pairs
     seed: int = 0,       # other seeds, other pairs

@@ -118,7 +118,7 @@ def shape_mask(
     if kind == "cross": draw.rectangle((0, n * .33, n - 1, n * .67), fill=255)
     return mask.resize((size, size), Image.Resampling.BOX)
 
-
+# %% ../../../nbs/01c_pictures.ipynb #bbe2940d
 def _star(n: int) -> list[tuple[float, float]]:
     angles = np.pi * (np.arange(10) / 5 - .5)
     radius = np.where(np.arange(10) % 2, .2, .5) * n

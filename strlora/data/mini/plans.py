@@ -100,7 +100,7 @@ def abrupt(rng: random.Random, chunks: int, size: int, tasks: list[str]) -> np.n
     "One task after another, each once."
     return segments(rng, chunks, size, tasks, rounds=1)
 
-
+# %% ../../../nbs/01g_plans.ipynb #2192e9c7
 def cyclic(rng: random.Random, chunks: int, size: int, tasks: list[str]) -> np.ndarray:  # [chunks, tasks]
     "One task after another, three times."
     return segments(rng, chunks, size, tasks, rounds=3)
@@ -110,7 +110,7 @@ def uniform(rng: random.Random, chunks: int, size: int, tasks: list[str]) -> np.
     "All tasks in every chunk."
     return np.full((chunks, len(tasks)), size / len(tasks))
 
-# %% ../../../nbs/01g_plans.ipynb #10608f69
+# %% ../../../nbs/01g_plans.ipynb #b6292afb
 RELEASED_COLUMNS = ("short", "textcaps", "imagenet", "chart", "places", "grounding", "fin")
 RELEASED = """
 1186 182 0 210 263 120 39 | 1112 691 16 0 45 0 136 | 293 10 909 148 330 282 28 | 619 38 779 0 296 268 0 | 0 825 1175 0 0 0 0 |
@@ -126,7 +126,7 @@ def released() -> np.ndarray:  # [25, 7], columns as in `RELEASED_COLUMNS`, ever
     "The composition of the released StrCVIT stream, counted from the tables of its SMoLoRA baseline."
     return np.array([[int(n) for n in row.split()] for row in RELEASED.split("|")])
 
-# %% ../../../nbs/01g_plans.ipynb #749c74fe
+# %% ../../../nbs/01g_plans.ipynb #c7324872
 def strcvit(rng: random.Random, chunks: int, size: int, tasks: list[str]) -> np.ndarray:  # [chunks, tasks], rows sum to `size`
     "The released table, cut to the number of chunks and scaled to their size; chance splits the short template only."
     source, edges, piece = released().astype(float), np.linspace(0, 25, chunks + 1), np.arange(25)
@@ -138,7 +138,7 @@ def strcvit(rng: random.Random, chunks: int, size: int, tasks: list[str]) -> np.
         for name, draw in zip(SHORT_TASKS, draws, strict=True): table[i, tasks.index(name)] = part[0] * draw / sum(draws)
     return table / table.sum(1, keepdims=True) * size
 
-# %% ../../../nbs/01g_plans.ipynb #13ed087d
+# %% ../../../nbs/01g_plans.ipynb #f0ef24aa
 PLANS: dict[str, Callable[[random.Random, int, int, list[str]], np.ndarray]] = {
     "windows": windows, "strcvit": strcvit, "abrupt": abrupt, "cyclic": cyclic, "uniform": uniform}
 

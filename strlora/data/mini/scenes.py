@@ -122,7 +122,7 @@ def place_facts(
     return {"kind": "place", "scene": scene, "box": (x, y, x + side, y + side), "flip": rng.random() < .5,
             "light": rng.randint(80, 120)}
 
-
+# %% ../../../nbs/01d_scenes.ipynb #dac3e950
 def place_draw(
     facts: Facts,  # of `place_facts`
 ) -> Image.Image:
@@ -135,7 +135,7 @@ def place_draw(
 @functools.cache
 def _lighter(percent: int) -> list[int]: return [min(255, v * percent // 100) for v in range(256)] * 3
 
-# %% ../../../nbs/01d_scenes.ipynb #a117ea70
+# %% ../../../nbs/01d_scenes.ipynb #d22da208
 def digits_facts(
     rng: random.Random,  # source of chance
     split: str,          # "train" or "test": which items of handwriting
@@ -147,7 +147,7 @@ def digits_facts(
     return {"kind": "digits", "digits": values, "items": items, "split": split, "ink": rng.choice(list(COLORS)),
             "tint": pale(rng), "jitter": jitter}
 
-
+# %% ../../../nbs/01d_scenes.ipynb #f590c734
 def digits_draw(
     facts: Facts,  # of `digits_facts`
 ) -> Image.Image:
@@ -158,7 +158,7 @@ def digits_draw(
         image.paste(ink, (1 + 48 * i + facts["jitter"][2 * i], 17 + facts["jitter"][2 * i + 1]), mask)
     return image
 
-# %% ../../../nbs/01d_scenes.ipynb #a0c5fa99
+# %% ../../../nbs/01d_scenes.ipynb #c174adaf
 def bars_facts(
     rng: random.Random,  # source of chance
 ) -> Facts:
@@ -167,7 +167,7 @@ def bars_facts(
     bars = zip(sorted(rng.sample(range(3), n)), rng.sample(list(COLORS), n), rng.sample(range(1, 6), n), strict=True)
     return {"kind": "bars", "bars": tuple(bars), "tint": pale(rng), "jitter": (rng.randint(-2, 2), rng.randint(20, 26))}
 
-
+# %% ../../../nbs/01d_scenes.ipynb #bfce72ff
 def bars_draw(
     facts: Facts,  # of `bars_facts`
 ) -> Image.Image:
@@ -181,7 +181,7 @@ def bars_draw(
         draw.rectangle((x, 91 - 17 * value, x + width, 90), fill=COLORS[color], outline=(40, 40, 40))
     return image
 
-# %% ../../../nbs/01d_scenes.ipynb #bfce72ff
+# %% ../../../nbs/01d_scenes.ipynb #c550e81a
 TRENDS = {"upward": -54, "sideways": 0, "downward": 54}  # from the first price to the last, in pixels downwards
 
 
@@ -197,7 +197,7 @@ def candles_facts(
     return {"kind": "candles", "trend": trend, "wild": wild, "prices": prices, "wicks": wicks, "tint": pale(rng),
             "jitter": rng.randint(-6, 6)}
 
-# %% ../../../nbs/01d_scenes.ipynb #2fd70cfd
+# %% ../../../nbs/01d_scenes.ipynb #7a4784a0
 def candles_draw(
     facts: Facts,  # of `candles_facts`
 ) -> Image.Image:
@@ -211,7 +211,7 @@ def candles_draw(
         draw.rectangle((12 * i + 2, top, 12 * i + 10, bottom + 1), fill=color)
     return image
 
-# %% ../../../nbs/01d_scenes.ipynb #7a4784a0
+# %% ../../../nbs/01d_scenes.ipynb #70322041
 LAMPS = {"red": (255, 40, 40), "yellow": (255, 225, 40), "green": (40, 240, 90)}
 VEHICLES = {"none": (0, 0), "left": (3, 60), "right": (65, 60), "ahead": (34, 50)}
 SKIES = ((150, 190, 240), (190, 200, 215), (235, 190, 160), (120, 150, 210), (210, 225, 245), (170, 170, 190))
@@ -228,7 +228,7 @@ def road_facts(
             "sky": rng.randrange(6), "land": rng.randrange(6), "tint": rng.randint(-12, 12),
             "jitter": (rng.randint(-2, 2), rng.randint(-2, 2))}
 
-# %% ../../../nbs/01d_scenes.ipynb #c448a513
+# %% ../../../nbs/01d_scenes.ipynb #d7e3237f
 def road_draw(
     facts: Facts,  # of `road_facts`
 ) -> Image.Image:
@@ -244,7 +244,7 @@ def road_draw(
     if facts["vehicle"] != "none": _car(draw, facts)
     return image
 
-
+# %% ../../../nbs/01d_scenes.ipynb #be1f3490
 def _car(draw: ImageDraw.ImageDraw, facts: Facts) -> None:
     x, y = (v + j for v, j in zip(VEHICLES[facts["vehicle"]], facts["jitter"], strict=True))
     color = COLORS[facts["color"]]
@@ -253,7 +253,7 @@ def _car(draw: ImageDraw.ImageDraw, facts: Facts) -> None:
     draw.rectangle((x, y + 9, x + 27, y + 22), fill=color)
     for wheel in (x + 2, x + 18): draw.ellipse((wheel, y + 18, wheel + 8, y + 26), fill=(20, 20, 20))
 
-# %% ../../../nbs/01d_scenes.ipynb #d7e3237f
+# %% ../../../nbs/01d_scenes.ipynb #f3dc3bb3
 ROOFS = ((200, 75, 55), (215, 215, 220), (120, 70, 55))
 GROUNDS = ((105, 135, 80), (150, 140, 100), (125, 150, 105), (165, 155, 125), (90, 115, 75), (140, 125, 95), (120, 130, 100),
            (150, 155, 110))
@@ -272,7 +272,7 @@ def aerial_facts(
     return {"kind": "aerial", "buildings": tuple(sorted(rng.sample(free, buildings))), "lake": lake,
             "land": rng.randrange(8), "ground": rng.randrange(2**31), "tint": rng.randint(-12, 12), "jitter": jitter}
 
-# %% ../../../nbs/01d_scenes.ipynb #be1f3490
+# %% ../../../nbs/01d_scenes.ipynb #9573a84b
 def aerial_draw(
     facts: Facts,  # of `aerial_facts`
 ) -> Image.Image:
@@ -288,7 +288,7 @@ def aerial_draw(
         draw.rectangle((x + 1, y + 1, x + 19, y + 10), fill=shade(roof, 25))
     return image
 
-# %% ../../../nbs/01d_scenes.ipynb #f3dc3bb3
+# %% ../../../nbs/01d_scenes.ipynb #16e99f4b
 DRAW = {"shapes": shapes_draw, "symbol": symbol_draw, "place": place_draw, "digits": digits_draw, "bars": bars_draw,
         "candles": candles_draw, "road": road_draw, "aerial": aerial_draw}
 
