@@ -147,6 +147,7 @@ def test_outputs_hold_no_errors_warnings_or_machine_paths(path):
                 if kind.startswith("text/"): words += "".join(value)
             assert "Traceback (most recent call last)" not in words, f"code cell {n} stores a traceback"
             assert not re.search(r"\b\w*Warning: ", words), f"code cell {n} stores a warning"
+            assert not re.search(r"\d+%\|.*it/s\]", words), f"code cell {n} stores a progress bar"
             assert not MACHINE_PATH.search(words), f"code cell {n} stores the path of a machine: {MACHINE_PATH.search(words)}"
 
 
