@@ -73,7 +73,7 @@ def rescore(
     return merged.assign(score=merged["_fresh"]).drop(columns="_fresh")
 
 # %% ../nbs/15a_artefacts.ipynb #b0af9dca
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     "One run, read from its folder; frames, no model."
     folder: Path                       # where it lies
@@ -82,6 +82,8 @@ class Run:
     predictions: pd.DataFrame          # one row an answer
     train: pd.DataFrame | None         # one row a step; None for a method that trains nothing
     routing: pd.DataFrame | None       # None for a method without experts
+
+    def __repr__(self) -> str: return f"Run({self.method}, {self.stream['name']}, seed {self.seed}, {len(self.counts)} chunks)"
 
     @property
     def method(self) -> str: return self.info["method"]
@@ -145,7 +147,8 @@ def specimen(
     questions: int = 40,              # per task
 ) -> Path:                            # the folder
     "Write an invented run with all its files, to try reports and plots on."
-    rng, folder, tasks, skill, rows = np.random.default_rng(seed), Path(folder), list(tasks), {}, []
+    rng, folder, tasks, rows = np.random.default_rng(seed), Path(folder), list(tasks), []
+    skill: dict[str, float] = {}
     gold = {t: "[ 1 1 5 5 ]" if TASKS[t].metric == "box" else "yes" for t in tasks}
     start = {t: round(j * chunks * 0.7 / max(len(tasks), 1)) for j, t in enumerate(tasks)}
     counts = [{t: 60 for t in tasks if 0 <= (k - start[t]) % 13 < 4 and k >= start[t]} or {tasks[0]: 60} for k in range(chunks)]
@@ -189,24 +192,27 @@ def collect(
     seeds: Sequence[int] = (0,),         # of the runs
     stream: str = "windows",             # name of the stream
     scale: str = "mini",                 # first folder
-    root: str | Path = "results",        # where finished runs lie
+    root: str | Path | None = None,      # where finished runs lie; None: `results` here or in a folder above
 ) -> list[Run]:                          # methods x seeds, in that order
     "Finished runs from clean commits; a missing one is a `CheckpointError` with the command that makes it."
-    found: dict[tuple, Path] = {}
-    for file in sorted(Path(root).glob(f"{scale}/**/run.json")):
-        info = read_json(file)
-        spec = info.get("spec", {})
-        if info.get("status") != "finished" or info.get("dirty"): continue
-        found.setdefault((info["method"], spec.get("seed"), spec.get("stream", {}).get("name")), file.parent)
-    out = []
+    root, out = _results() if root is None else Path(root), []
     for method in methods:
         for seed in seeds:
-            if (method, seed, stream) not in found:
+            folder = root / scale / stream / method / f"seed{seed}"
+            info = read_json(folder / "run.json") if (folder / "run.json").exists() else {"status": "absent"}
+            if info["status"] != "finished" or info.get("dirty"):
                 raise CheckpointError(
-                    expected=f"a finished run of {method} on {stream} with seed {seed}", found="none", where=Path(root) / scale,
-                    remedy=f"Make it: strlora run --set method={method} --set stream.name={stream} --seed {seed}")
-            out.append(load_run(found[method, seed, stream]))
+                    expected=f"a finished run of {method} on {stream} with seed {seed}, from a clean commit", where=folder,
+                    found="changed code" if info["status"] == "finished" else info["status"],
+                    remedy=f"Make it: strlora run experiments/{scale}/{stream}/{method}.toml --seed {seed}")
+            out.append(load_run(folder))
     return out
+
+
+def _results() -> Path:
+    "The nearest folder `results`, here or above."
+    here = Path.cwd()
+    return next((p / "results" for p in (here, *here.parents) if (p / "results").is_dir()), Path("results"))
 
 
 def provenance(

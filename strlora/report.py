@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEEDS', 'table', 'metrics', 'to_markdown', 'to_html', 'to_text', 'sources_table', 'labels', 'summary', 'summary_json',
-           'compare']
+           'compare', 'Run', 'collect', 'load_run', 'provenance']
 
 # %% ../nbs/16_report.ipynb #b92daed3
 import html
@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .artefacts import Run, collect, load_run, provenance
+from .artefacts import Run, collect, load_run, provenance  # noqa: F401
 from .core import SpecError, sources, unknown
-from .data.metrics import METRICS, AP_k, Definition, bootstrap, holm, interval, measure, paired_t, sign_flip
+from .data.metrics import METRICS, AP_k, bootstrap, holm, interval, measure, paired_t, sign_flip
+
+_all_ = ["Run", "collect", "load_run", "provenance"]
 
 # %% ../nbs/16_report.ipynb #416c7754
 def table(
@@ -69,10 +71,8 @@ def metrics(
     run: Run,                # a loaded run
     split: str = "proxy",    # "proxy" | "full"
 ) -> dict[str, float]:       # metric name -> points of 100, not a number where the run cannot tell
-    "All metrics of one run; where it was only asked before training, its final AP is its zero-shot floor."
-    values = measure(run.scores(split), run.counts, run.definition(split))
-    if run.scores(split).index.max() == 0: values["final AP"] = values["zero-shot floor"]
-    return values
+    "All metrics of one run."
+    return measure(run.scores(split), run.counts, run.definition(split))
 
 # %% ../nbs/16_report.ipynb #dc1394cc
 def _text(value: Any, digits: int, column: Any = "") -> str:
@@ -208,7 +208,7 @@ def compare(
             low, high = interval([drawn[label][key][name] for key in group])
             mean = np.mean([point[label][k][name] for k in group])
             row = {"metric": name, "method": label, "seeds": len(group), "mean": mean, "low": low, "high": high}
-            if reference is not None and label != reference: row |= _difference(name, label, reference, groups, drawn, point)
+            if reference is not None and label != reference: row |= _difference(name, label, reference, groups, drawn, point, split)
             rows.append(row)
     frame = pd.DataFrame(rows)
     if "pairs" in frame: frame["pairs"] = frame["pairs"].astype("Int64")
@@ -216,13 +216,14 @@ def compare(
     return frame
 
 
-def _difference(name, label, reference, groups, drawn, point) -> dict[str, float]:
+def _difference(name, label, reference, groups, drawn, point, split) -> dict[str, float]:
     "The paired difference of two methods over the seeds that both have."
     shared = [k for k in groups[label] if k in groups[reference]]
     for key in shared:
-        if not groups[label][key].counts.equals(groups[reference][key].counts):
-            raise SpecError("runs of one seed saw different streams", where=groups[label][key].folder,
-                            remedy="Compare runs of the same stream.")
+        a, b = (groups[g][key].samples(split) for g in (label, reference))
+        if {t: set(f.columns) for t, f in a.items()} != {t: set(f.columns) for t, f in b.items()}:
+            raise SpecError("runs of one seed answered different questions", where=groups[label][key].folder,
+                            remedy="Compare runs of the same stream with test sets of the same size.")
     if not shared: return {"pairs": 0}
     d = [point[label][k][name] - point[reference][k][name] for k in shared]
     low, high = interval([drawn[label][k][name] - drawn[reference][k][name] for k in shared])

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtr
 
-from ..core import RecordError, SpecError, sourced, unknown
+from ..core import RecordError, sourced, unknown
 
 # %% ../../nbs/10_metrics.ipynb #59ca66d0
 def sample_scores(
@@ -178,7 +178,7 @@ def _maf(a: np.ndarray, g: Grid) -> np.ndarray:
 
 
 def _final(a: np.ndarray, g: Grid) -> np.ndarray:
-    return performance(a, g)[..., -1]
+    return performance(a, g)[..., -1] if g.chunks[-1] > 0 else _zero_shot_floor(a, g)
 
 # %% ../../nbs/10_metrics.ipynb #0cd08f61
 def _retention_gap(a: np.ndarray, g: Grid) -> np.ndarray:
@@ -245,14 +245,15 @@ def bootstrap(
     draws: int = 1000,                     # resampled test sets
     seed: int = 0,                         # runs compared with each other must share it
 ) -> dict[str, np.ndarray]:                # metric name -> [draws]
-    "Each metric under resampled test sets. Runs with the same samples and seed draw the same ones, so that differences are paired."
+    "Each metric under resampled test sets, centred on its value. Same samples and seed, same draws: differences are paired."
     rng, means = np.random.default_rng(seed), {}
     for task, frame in sorted(samples.items()):
         n = frame.shape[1]
         means[task] = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n @ frame[sorted(frame.columns)].to_numpy().T
     rows = pd.DataFrame({task: frame.mean(axis=1) for task, frame in samples.items()})
     a, g = np.stack([means[t] for t in rows.columns], axis=-1), grid(rows, counts, definition)
-    return {name: rule(a, g) for name, rule in METRICS.items()}
+    drawn, point = {name: rule(a, g) for name, rule in METRICS.items()}, measure(rows, counts, definition)
+    return {name: values - values.mean() + point[name] for name, values in drawn.items()}
 
 
 def interval(
@@ -293,7 +294,7 @@ def holm(
     p: Sequence[float],   # [m] p values of m comparisons; not a number stays so and is not counted
 ) -> np.ndarray:          # [m] adjusted
     "Holm's step-down correction for several comparisons."
-    p = np.asarray(p, float)
-    adjusted, order = np.full(p.shape, np.nan), np.argsort(p)[: int((~np.isnan(p)).sum())]
-    if len(order): adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    raw = np.asarray(p, float)
+    adjusted, order = np.full(raw.shape, np.nan), np.argsort(raw)[: int((~np.isnan(raw)).sum())]
+    if len(order): adjusted[order] = np.minimum(np.maximum.accumulate(raw[order] * np.arange(len(order), 0, -1)), 1)
     return adjusted
