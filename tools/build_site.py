@@ -81,15 +81,18 @@ def symbols(notebooks: dict[Path, dict]) -> dict[str, str]:
 def link_symbols(markdown: str, index: dict[str, str], here: str) -> str:
     "Turn `Name` into a link, outside code blocks, headings and existing links, unless it is defined on this page."
     def link(match):
-        name = match.group(1).removeprefix("strlora.").removesuffix("()")
-        target = index.get(name.rsplit(".", 1)[-1] if name.split(".")[-1][:1].isupper() else name)
+        name = match.group(1).removesuffix("()")
+        parts = name.split(".")
+        if parts[0] == "strlora": name = parts[-1]                          # strlora.moe.layer.TwoStageRouter
+        elif parts[0][:1].isupper(): name = parts[0]                        # StrLoraConfig.released
+        target = index.get(name)
         plain = name.islower() and "_" not in name and len(name) < 7      # `report`, `score`: too ordinary to link
         return match.group(0) if not target or plain or target.startswith(f"{here}.html") else f"[{match.group(0)}]({target})"
     parts, fenced = [], False
     for line in markdown.split("\n"):
         if line.lstrip().startswith("```"): fenced = not fenced
         keep = fenced or line.startswith(("#", "    ")) or line.lstrip().startswith("```")
-        parts.append(line if keep else re.sub(r"(?<![\[`\w])`([A-Za-z_][\w.]*(?:\(\))?)`(?![`\]])", link, line))
+        parts.append(line if keep else re.sub(r"(?<![\[`\w])(?<!Hugging Face's )`([A-Za-z_][\w.]*(?:\(\))?)`(?![`\]])", link, line))
     return "\n".join(parts)
 
 
