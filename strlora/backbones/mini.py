@@ -34,8 +34,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.internvl import InternVLConfig, InternVLForConditionalGeneration
 
-from .processor import InternVLImageProcessor
 from ..core import CheckpointError
+from .processor import InternVLImageProcessor
 
 # %% ../../nbs/09b_mini_model.ipynb #8fc0531f
 ASSETS = Path(__file__).parent.parent / "assets" if "__file__" in globals() else Path("../strlora/assets")
