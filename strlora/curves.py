@@ -74,7 +74,7 @@ def accuracy_over_stream(
         axes.grid(axis="y")
         if len(runs) == 1: _task_lines(axes, runs[0], split)
         ends = [line(axes, method, curves(group, split), K, 2.3) for method, group in groups.items()]
-        for y, (method, group) in zip(style.spread(ends, 9.5), groups.items(), strict=True):
+        for y, (method, group) in zip(style.spread(ends, 12), groups.items(), strict=True):
             axes.annotate(_end_label(method, group, split), (K + 0.25, y), (6, 0), textcoords="offset points", va="center",
                           color=look(method)[1], fontsize=8, annotation_clip=False)
         axes.set(ylim=(0, 100), xlim=(first - 0.6, K + 0.6), ylabel="mean score of the tasks seen\n(points of 100)",

@@ -51,7 +51,8 @@ def _routing(run: Run) -> pd.DataFrame | None:
 def _nothing(run: Run) -> Axes:
     "A picture that says that there is nothing to show."
     _, axes = plt.subplots(figsize=(6, 1.2), layout="constrained")
-    axes.text(0.5, 0.5, f"{look(run.method)[0]} has no experts to choose from: nothing is routed.", ha="center", va="center", color=style.FAINT)
+    words = f"{look(run.method)[0]} has no experts to choose from: nothing is routed."
+    axes.text(0.5, 0.5, words, ha="center", va="center", color=style.FAINT)
     axes.axis("off")
     return axes
 

@@ -56,7 +56,7 @@ def _few_rows(chunks: list[int], room: int) -> list[int]:
 
 def _title(run: Run, split: str, scores: pd.DataFrame) -> str:
     points = sum(k > 0 for k in scores.index)
-    part = "" if points == len(run.counts) else f", evaluated after {points} of them"
+    part = "" if points == len(run.counts) else f", evaluated after {points} of them" if points else ", asked before training"
     return (f"{run.method} · {run.stream['name']} · seed {run.seed} · {len(run.counts)} chunks{part} · "
             f"{'proxy' if split == 'proxy' else 'full'} sets, points of 100")
 

@@ -34,7 +34,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "grid.color": RULE, "grid.linewidth": 0.7,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "xtick.major.size": 3.0, "ytick.major.size": 3.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0,
-    "legend.frameon": False, "figure.facecolor": "white", "figure.dpi": 100.0,
+    "legend.frameon": False, "figure.facecolor": "white",
     "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.08,
     "svg.hashsalt": "strlora", "svg.fonttype": "none",
 }
