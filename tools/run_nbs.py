@@ -40,6 +40,16 @@ def skip_cell(cell, flags: set[str]) -> bool:
     return bool(flags & directives.keys())
 
 
+def drop_progress_bars(nb) -> None:
+    "Remove what a progress bar wrote to stderr; it differs from run to run and says nothing to a reader."
+    for cell in nb.cells:
+        if cell.cell_type != "code": continue
+        for out in cell.outputs:
+            if out.get("name") == "stderr":
+                out["text"] = [line for line in "".join(out["text"]).replace("\r", "\n").splitlines(True) if "it/s]" not in line]
+        cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr" or "".join(out["text"]).strip()]
+
+
 def run(path: Path, save: bool = True, slow: bool = False) -> bool:
     "Run one notebook in its folder; store outputs unless `save` is False. True if every cell ran."
     from execnb.nbio import read_nb
@@ -68,6 +78,7 @@ def run(path: Path, save: bool = True, slow: bool = False) -> bool:
         sys.stderr.write(shell.prettytb(fname=path) + "\n")
         return False
     if save:
+        drop_progress_bars(raw)
         clean_nb(raw)
         write_nb(raw, path)
     print(f"ran {path.name} in {time.time() - start:.1f} s")
