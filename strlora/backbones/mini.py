@@ -132,10 +132,10 @@ def register() -> None:
 def build_model(
     tokenizer: PreTrainedTokenizerFast,   # of `build_tokenizer`
     image_size: int = 96,                 # pixels, a multiple of 32
-    width: int = 192,
-    layers: int = 4,
-    heads: int = 6,
-    intermediate: int = 512,
+    width: int = 192,                     # of the language model's hidden states
+    layers: int = 4,                      # blocks of the language model
+    heads: int = 6,                       # attention heads of a block
+    intermediate: int = 512,              # width inside a feed-forward block
 ) -> MiniForConditionalGeneration:        # float32, random language model, trained tower
     "The mini model before its pre-training."
     register()
@@ -145,7 +145,8 @@ def build_model(
                        max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
                        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     config = MiniConfig(text_config=text.to_dict(), vision_config=MiniVisionConfig(image_size=image_size).to_dict(),
-                        image_token_id=ids(tokenizer.context_image_token), image_seq_length=(image_size // 32) ** 2, tie_word_embeddings=False)
+                        image_token_id=ids(tokenizer.context_image_token), image_seq_length=(image_size // 32) ** 2,
+                        tie_word_embeddings=False)
     model = MiniForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(load_file(ASSETS / "tower" / "model.safetensors"))
     model.model.vision_tower.requires_grad_(False)
