@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TENSOR', 'TUPLE', 'PAIRS', 'FORMAT', 'ADAPTER', 'TENSORS', 'TREE', 'pack', 'unpack', 'random_state',
-           'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'load', 'check_spec']
+           'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'exists', 'load', 'check_spec']
 
 # %% ../nbs/11_checkpoint.ipynb #9a396bf4
 import random
@@ -38,7 +38,8 @@ def pack(
         values = [value for _, value in plain]
         return ({TUPLE: values} if isinstance(tree, tuple) else values), tensors
     if tree is None or isinstance(tree, (bool, int, float, str)): return tree, {}
-    raise CheckpointError(expected="tensors, numbers, strings, lists and dicts", found=type(tree).__name__, where=f"state {name}",
+    raise CheckpointError(expected="tensors, numbers, strings, lists and dicts", found=type(tree).__name__,
+                          where=f"state {name}",
                           remedy="Give the part a state_dict of these.")
 
 
@@ -68,9 +69,9 @@ def unpack(
 def random_state() -> dict[str, Any]:  # tensors and numbers
     "The state of all random generators of this process."
     version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {"torch": torch.get_rng_state(), "python": [version, torch.tensor(numbers), gauss],
-             "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)]}
+             "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)]}
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -93,7 +94,8 @@ def adapter_state(
     "What of the model a run may change."
     from peft import get_peft_model_state_dict
     if not hasattr(model, "peft_config"): return {}
-    return {k: v.detach().cpu().contiguous().clone() for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
 
 
 def load_adapter_state(
@@ -106,7 +108,8 @@ def load_adapter_state(
     want = adapter_state(model)
     odd = sorted({*want} ^ {*state}) + sorted(k for k in {*want} & {*state} if want[k].shape != state[k].shape)
     if odd:
-        raise CheckpointError(expected="an adapter of the same shape", found=f"{len(odd)} tensors that differ, first {odd[0]}", where=where,
+        raise CheckpointError(expected="an adapter of the same shape",
+                              found=f"{len(odd)} tensors that differ, first {odd[0]}", where=where,
                               remedy="Load it with the settings it was trained with.")
     if state: set_peft_model_state_dict(model, dict(state))
 
@@ -131,6 +134,14 @@ def save(
         write_json(new/TREE, {"format": FORMAT, "spec": spec, "state": plain})
 
 
+def exists(
+    folder: str | Path,  # where a checkpoint may be
+) -> bool:               # also if a crash left it under its spare name
+    "Whether there is a checkpoint to go on from."
+    if Path(folder).parent.is_dir(): recover(folder)
+    return Path(folder).is_dir()
+
+
 def load(
     folder: str | Path,                  # written by `save`
     spec: Mapping[str, Any] | None = None,  # settings of the run that loads; None: not compared
@@ -138,24 +149,27 @@ def load(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # adapter and state
     "Read a checkpoint; one of another spec is refused with the settings that differ."
     folder = Path(folder)
-    if folder.parent.is_dir(): recover(folder)
-    if not folder.is_dir(): raise CheckpointError(expected="a checkpoint", found="no such folder", where=folder, remedy="Start the run anew.")
+    if not exists(folder): raise CheckpointError(expected="a checkpoint", found="no such folder", where=folder,
+                                                  remedy="Start the run anew.")
     tree = read_json(folder/TREE)
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise CheckpointError(expected=f"format {FORMAT}", found=tree.get("format") if isinstance(tree, dict) else type(tree).__name__,
+        raise CheckpointError(expected=f"format {FORMAT}",
+                              found=tree.get("format") if isinstance(tree, dict) else type(tree).__name__,
                               where=folder/TREE, remedy="Use the version of the package that wrote it.")
     if spec is not None: check_spec(tree["spec"], spec, folder, ignore)
     adapter = _tensors(folder/ADAPTER) if (folder/ADAPTER).exists() else {}
     try: return adapter, unpack(tree["state"], _tensors(folder/TENSORS))
     except KeyError as error:
-        raise CheckpointError(expected=f"tensor {error}", found="none", where=folder/TENSORS, remedy="Restore it or start the run anew.") from error
+        raise CheckpointError(expected=f"tensor {error}", found="none", where=folder/TENSORS,
+                              remedy="Restore it or start the run anew.") from error
 
 # %% ../nbs/11_checkpoint.ipynb #5c2e04e1
 def _tensors(path: Path) -> dict[str, Tensor]:
     "Read a safetensors file; a damaged one is an error that names it."
     try: return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(expected="a safetensors file", found=str(error), where=path, remedy="Restore it or start the run anew.") from error
+        raise CheckpointError(expected="a safetensors file", found=str(error), where=path,
+                              remedy="Restore it or start the run anew.") from error
 
 
 def check_spec(
@@ -168,7 +182,8 @@ def check_spec(
     changed = {k: v for k, v in _differences(saved, wanted).items() if k not in ignore}
     if not changed: return
     listed = "; ".join(f"{k} is {now!r} here and {then!r} in the checkpoint" for k, (then, now) in changed.items())
-    raise CheckpointError(f"a checkpoint of another spec: {listed}", where=where, remedy="Resume with the run's own spec, or start anew elsewhere.")
+    raise CheckpointError(f"a checkpoint of another spec: {listed}", where=where,
+                          remedy="Resume with the run's own spec, or start anew elsewhere.")
 
 
 def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

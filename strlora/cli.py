@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ RUN_HELP = "train a method on a stream (no argument: StrLoRA on StrCVIT-mini)"
 def _add_run(verbs: Any) -> None:
     "Options of `strlora run`."
     p = verbs.add_parser("run", help=RUN_HELP, description=f"{RUN_HELP[0].upper()}{RUN_HELP[1:]}.")
-    p.add_argument("spec", nargs="?", metavar="SPEC", help="a TOML file with the settings that differ from the defaults")
+    p.add_argument("spec", nargs="?", metavar="SPEC",
+                   help="a TOML file with the settings that differ from the defaults")
     p.add_argument("--method", help="a name from `strlora methods`")
     p.add_argument("--seed", type=int, help="seed of data, initial weights, order and dropout")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting: train.lr=5e-4 or lr=5e-4; may be repeated")
-    p.add_argument("--limit", type=int, metavar="N", help="smoke test: at most N samples a chunk and N questions a task")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                   help="change a setting: train.lr=5e-4 or lr=5e-4; may be repeated")
+    p.add_argument("--limit", type=int, metavar="N",
+                   help="smoke test: at most N samples a chunk and N questions a task")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads; 1 for runs side by side")
-    p.add_argument("--out", metavar="DIR", help="folder of the run; default: results/ for a published spec at a clean commit, else scratch/")
+    p.add_argument("--out", metavar="DIR",
+                   help="folder of the run; default: results/ for a published spec at a clean commit, else scratch/")
     p.add_argument("--again", action="store_true", help="remove the run that is in the folder and start anew")
     p.add_argument("--dry-run", action="store_true", help="print every setting with its source and stop")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
@@ -39,7 +44,8 @@ def _add_run(verbs: Any) -> None:
 # %% ../nbs/15_cli.ipynb #8765719f
 def parser() -> argparse.ArgumentParser:
     "All verbs with their options."
-    top = argparse.ArgumentParser(prog="strlora", description="Streaming continual visual instruction tuning with routed LoRA experts.")
+    top = argparse.ArgumentParser(prog="strlora",
+                                  description="Streaming continual visual instruction tuning with routed LoRA experts.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     _add_run(verbs)
@@ -65,13 +71,18 @@ def spec_of(
     "The spec of a command line: file, then method and seed, then single settings, then the limit."
     from strlora.spec import load, override, resolve
     values = load(args.spec) if args.spec else {}
-    named = [f"{key}={value!r}" for key, value in (("method", args.method), ("seed", args.seed), ("train.threads", args.threads)) if value is not None]
+    named = [f"{key}={value!r}" for key, value in (("method", args.method), ("seed", args.seed),
+                                                   ("train.threads", args.threads)) if value is not None]
     spec = resolve(override(values, named + args.set), args.spec or "settings")
     if args.limit is not None:
-        if args.limit < 1: raise SpecError(expected="at least 1", found=args.limit, where="--limit", remedy="Give a number of samples.")
-        sizes = {name: min(getattr(spec.stream, name), args.limit) for name in ("chunk_size", "test_size", "proxy_size")}
-        spec = resolve(override(values, named + args.set + [f"stream.{k}={v}" for k, v in sizes.items()]), args.spec or "settings")
-    published = bool(args.spec) and "experiments" in Path(args.spec).resolve().parts and not args.set and args.limit is None
+        if args.limit < 1: raise SpecError(expected="at least 1", found=args.limit, where="--limit",
+                                           remedy="Give a number of samples.")
+        sizes = {name: min(getattr(spec.stream, name), args.limit)
+                 for name in ("chunk_size", "test_size", "proxy_size")}
+        spec = resolve(override(values, named + args.set + [f"stream.{k}={v}" for k, v in sizes.items()]),
+                       args.spec or "settings")
+    plain = not args.set and args.limit is None
+    published = plain and bool(args.spec) and "experiments" in Path(args.spec).resolve().parts
     return spec, published
 
 
@@ -84,7 +95,9 @@ def show_spec(
     rows = explain(spec)
     if as_json: return print(json.dumps(rows, indent=1))
     wide = max(len(r["name"]) for r in rows), max(len(str(r["value"])) for r in rows)
-    for r in rows: print(f"{'*' if r['value'] != r['default'] else ' '} {r['name']:<{wide[0]}}  {r['value']!s:<{wide[1]}}  {r['source']}")
+    for r in rows:
+        star = "*" if r["value"] != r["default"] else " "
+        print(f"{star} {r['name']:<{wide[0]}}  {r['value']!s:<{wide[1]}}  {r['source']}")
 
 # %% ../nbs/15_cli.ipynb #3c032bbf
 def do_run(args: argparse.Namespace) -> int:
@@ -95,11 +108,13 @@ def do_run(args: argparse.Namespace) -> int:
         return 0
     _quiet()
     from strlora import runs
-    folder = Path(args.out) if args.out else runs.folder_of(spec, published)
-    status = runs.status_of(folder)
+    from strlora.folder import folder_of, status_of
+    folder = Path(args.out) if args.out else folder_of(spec, published)
+    status = status_of(folder)
     if args.again and status != "absent": shutil.rmtree(folder)
     elif status == "finished":
-        print(f"This run is finished. --again runs it anew, --out DIR runs it elsewhere. Folder: {folder}", file=sys.stderr)
+        print(f"This run is finished. --again runs it anew, --out DIR runs it elsewhere. Folder: {folder}",
+              file=sys.stderr)
         return show_run(folder, args.json)
     return show_run(runs.start(spec, folder), args.json)
 
@@ -112,10 +127,13 @@ def do_resume(args: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
-    "No progress bars and no advice from the libraries below."
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    "No progress bars and no advice to developers from the libraries below."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 # %% ../nbs/15_cli.ipynb #a9242444
 def show_run(
@@ -181,7 +199,8 @@ def main(
     except (StrLoraError, OSError, KeyboardInterrupt) as error:
         if args.debug: raise
         stopped = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted"
-        print(f"strlora: {str(error) or 'stopped'}" + (_kept(error) if isinstance(error, OSError) else ""), file=sys.stderr)
+        print(f"strlora: {str(error) or 'stopped'}" + (_kept(error) if isinstance(error, OSError) else ""),
+              file=sys.stderr)
         return 130 if stopped else 2
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from .core import SpecError, nearest, sourced, unknown
+from .core import SpecError, sourced, unknown
 from .methods.table import METHODS
 
 # %% ../nbs/14_spec.ipynb #d90dfd10
@@ -26,7 +26,8 @@ class StreamConfig:
     "Which stream is learned and which test sets are asked."
     name: Literal["windows", "strcvit", "abrupt", "cyclic", "uniform"] = sourced(
         "windows", "ours: staggered windows, tasks recur and vanish", "name of the stream")
-    seed: int | None = sourced(None, "ours: one seed for data and training", "seed of the stream; unset: the seed of the run")
+    seed: int | None = sourced(None, "ours: one seed for data and training",
+                               "seed of the stream; unset: the seed of the run")
     chunks: int = sourced(25, "official scripts: 25 chunks", "number of chunks")
     chunk_size: int = sourced(200, "ours: the main job ends in minutes (official: 2000)", "samples a chunk")
     test_size: int = sourced(200, "ours", "questions in the full test set of a task")
@@ -45,22 +46,28 @@ class TrainConfig:
     lr: float = sourced(1e-3, "ours: small grid at mini scale (official: 1e-4)", "learning rate in chunk 1")
     lr_later: float = sourced(3e-4, "ours: small grid at mini scale (official: 2e-5)", "learning rate from chunk 2 on")
     schedule: Literal["constant", "cosine"] = sourced("cosine", "official scripts", "course of the rate within chunk 1")
-    schedule_later: Literal["constant", "cosine"] = sourced("constant", "official scripts", "course within later chunks")
+    schedule_later: Literal["constant", "cosine"] = sourced("constant", "official scripts",
+                                                            "course within later chunks")
     warmup: float = sourced(0.05, "official scripts", "share of chunk 1 in which the rate rises from zero")
     optimizer_state: Literal["restart", "carry"] = sourced(
         "restart", "official scripts: one process a chunk", "AdamW's moments at a chunk boundary")
-    batch_size: int = sourced(8, "ours: 25 steps in a chunk of 200 (official: 2)", "samples of a forward pass, on each process")
+    batch_size: int = sourced(8, "ours: 25 steps in a chunk of 200 (official: 2)",
+                              "samples of a forward pass, on each process")
     accumulation: int = sourced(1, "ours (official: 4)", "forward passes of an optimizer step")
     betas: tuple[float, float] = sourced((0.9, 0.95), "official scripts", "AdamW's decay of both moments")
     weight_decay: float = sourced(0.1, "official scripts", "AdamW's weight decay")
     clip: float = sourced(1.0, "official scripts", "largest norm of the whole gradient; 0: no clipping")
-    train_projector: bool = sourced(False, "ours: a frozen projector lets pictures be encoded once (official InternVL: true)",
+    train_projector: bool = sourced(False,
+                                    "ours: a frozen projector lets pictures be encoded once (official InternVL: true)",
                                     "train the projector between vision tower and language model")
     projector_lr: float = sourced(1e-5, "official scripts: aligner_lr", "learning rate of the projector")
     precision: Literal["no", "bf16"] = sourced("no", "ours: float32 on a CPU (official: bf16)", "mixed precision")
-    device: Literal["cpu", "auto"] = sourced("cpu", "ours: the same numbers everywhere", "`auto` takes the accelerator there is")
-    threads: int = sourced(2, "ours: a lone run on two cores; give 1 to runs side by side", "CPU threads; 0: leave as it is")
-    grad_norm_every: int = sourced(25, "ours: once in a chunk of 200", "steps between gradient norms of single terms; 0: never")
+    device: Literal["cpu", "auto"] = sourced("cpu", "ours: the same numbers everywhere",
+                                             "`auto` takes the accelerator there is")
+    threads: int = sourced(2, "ours: a lone run on two cores; give 1 to runs side by side",
+                           "CPU threads; 0: leave as it is")
+    grad_norm_every: int = sourced(25, "ours: once in a chunk of 200",
+                                   "steps between gradient norms of single terms; 0: never")
     save_every: int = sourced(25, "ours", "steps between checkpoints within a chunk; 0: only at its end")
 
 # %% ../nbs/14_spec.ipynb #ed6ce93d
@@ -70,8 +77,9 @@ class EvalConfig:
     before: bool = sourced(True, "ours: the floor that every curve starts from", "ask the proxies before training")
     every: int = sourced(1, "official scripts: after every chunk", "chunks between proxy evaluations")
     full_every: int = sourced(0, "ours: the main job asks proxies only", "chunks between full evaluations; 0: never")
-    routing_every: int = sourced(5, "ours", "chunks between records of the routing; the last is always recorded; 0: never")
-    batch_size: int = sourced(128, "ours", "prompts of one generation")
+    routing_every: int = sourced(5, "ours",
+                                 "chunks between records of the routing; the last is always recorded; 0: never")
+    prompts: int = sourced(128, "ours", "prompts of one generation")
 
 # %% ../nbs/14_spec.ipynb #768236b9
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +102,8 @@ def _fits(value: Any, kind: Any) -> bool:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal: return value in args and type(value) in {type(a) for a in args}
     if origin in (typing.Union, types.UnionType): return any(_fits(value, a) for a in args)
-    if origin is tuple: return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(_fits, value, args))
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(_fits, value, args))
     if kind is Any: return True
     if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int: return isinstance(value, int) and not isinstance(value, bool)
@@ -128,8 +137,10 @@ def _misfit(name: str, value: Any, kind: Any, where: str) -> SpecError:
     return SpecError(expected=shown, found=f"{value!r}", where=f"{where}: {name}", remedy="Change the value.")
 
 # %% ../nbs/14_spec.ipynb #c10e28e6
-POSITIVE = {"stream": ("chunks", "chunk_size", "test_size", "proxy_size"), "train": ("batch_size", "accumulation"), "eval": ("every", "batch_size")}
-NOT_NEGATIVE = {"train": ("lr", "lr_later", "warmup", "weight_decay", "clip", "projector_lr", "threads", "grad_norm_every", "save_every"),
+POSITIVE = {"stream": ("chunks", "chunk_size", "test_size", "proxy_size"), "train": ("batch_size", "accumulation"),
+            "eval": ("every", "prompts")}
+NOT_NEGATIVE = {"train": ("lr", "lr_later", "warmup", "weight_decay", "clip", "projector_lr", "threads",
+                          "grad_norm_every", "save_every"),
                 "eval": ("full_every", "routing_every")}
 
 
@@ -139,7 +150,9 @@ def _check_ranges(spec: RunSpec, where: str) -> None:
         for group, names in table.items():
             for name in names:
                 value = getattr(getattr(spec, group), name)
-                if not value >= low: raise SpecError(expected=kind, found=value, where=f"{where}: {group}.{name}", remedy="Change the value.")
+                if value >= low: continue
+                raise SpecError(expected=kind, found=value, where=f"{where}: {group}.{name}",
+                                remedy="Change the value.")
     if spec.stream.proxy_size > spec.stream.test_size:
         raise SpecError(expected=f"at most stream.test_size = {spec.stream.test_size}", found=spec.stream.proxy_size,
                         where=f"{where}: stream.proxy_size", remedy="A proxy is a part of its test set.")
@@ -147,7 +160,7 @@ def _check_ranges(spec: RunSpec, where: str) -> None:
 # %% ../nbs/14_spec.ipynb #f0482fa9
 def resolve(
     values: Mapping[str, Any] = {},  # nested settings that differ from the defaults
-    where: str = "spec",             # file, for messages
+    where: Any = "spec",             # file, for messages
 ) -> RunSpec:                        # everything filled in
     "The whole record for a few differences."
     values = dict(values)
@@ -156,7 +169,8 @@ def resolve(
     tables = {**GROUPS, "settings": METHODS[method].settings}
     for name, cls in tables.items():
         table = values.get(name, {})
-        if not isinstance(table, Mapping): raise SpecError(expected="a table", found=repr(table), where=f"{where}: {name}", remedy=f"Write [{name}].")
+        if not isinstance(table, Mapping): raise SpecError(expected="a table", found=repr(table),
+                                                           where=f"{where}: {name}", remedy=f"Write [{name}].")
         values[name] = _record(cls, table, f"{where} [{name}]")
     spec = _record(RunSpec, values, where)
     _check_ranges(spec, where)
@@ -171,7 +185,8 @@ def load(
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise SpecError(expected="a spec file", found="no such file", where=path, remedy="Look into experiments/.") from error
+        raise SpecError(expected="a spec file", found="no such file", where=path,
+                        remedy="Look into experiments/.") from error
     except (OSError, ValueError) as error:
         raise SpecError(expected="a TOML file", found=str(error), where=path, remedy="Mend the file.") from error
 
@@ -197,14 +212,16 @@ def override(
     values = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
     for pair in sorted(pairs, key=lambda p: not p.startswith("method=")):
         key, equals, text = pair.partition("=")
-        if not equals: raise SpecError(expected="key=value", found=repr(pair), where="--set", remedy="Write for example --set train.lr=5e-4.")
+        if not equals: raise SpecError(expected="key=value", found=repr(pair), where="--set",
+                                       remedy="Write for example --set train.lr=5e-4.")
         method = values.get("method", RunSpec().method)
         if method not in METHODS: raise unknown("method", method, METHODS, "--set")
         paths = _paths(method)
         hits = [p for p in paths if p == key or p.split(".")[-1] == key]
         if key in hits: hits = [key]
-        if not hits: raise unknown("setting", key, sorted({*paths, *(p.split(".")[-1] for p in paths)}) if nearest(key, paths) else paths, "--set")
-        if len(hits) > 1: raise SpecError(expected="one setting", found=" and ".join(hits), where=f"--set {key}", remedy="Give the whole path.")
+        if not hits: raise unknown("setting", key, paths if "." in key else [p.split(".")[-1] for p in paths], "--set")
+        if len(hits) > 1: raise SpecError(expected="one setting", found=" and ".join(hits), where=f"--set {key}",
+                                          remedy="Give the whole path.")
         group, _, name = hits[0].rpartition(".")
         (values.setdefault(group, {}) if group else values)[name] = _value(text)
     return values
@@ -250,5 +267,6 @@ def explain(
         for f in dataclasses.fields(cls):
             if "source" not in f.metadata: continue
             name = f"{group}.{f.name}" if group else f.name
-            rows.append({"name": name, "value": values[name], "default": base[name], "source": f.metadata["source"], "help": f.metadata["help"]})
+            rows.append({"name": name, "value": values[name], "default": base[name], "source": f.metadata["source"],
+                         "help": f.metadata["help"]})
     return rows

@@ -7,7 +7,7 @@ __all__ = ['Training', 'Part', 'Method', 'check_experts', 'AdapterSettings', 'No
 
 # %% ../../nbs/13_methods.ipynb #b868ca12
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ..core import SpecError, sourced
@@ -26,7 +26,8 @@ class Part:
 
     def stream_start(self, run: Training) -> None: "Before the first chunk, and again after a resume."
 
-    def chunk_start(self, run: Training) -> None: "Before the first step of chunk `run.chunk`; not again when a chunk is resumed."
+    def chunk_start(self,
+                    run: Training) -> None: "Before the first step of a chunk; not again when the chunk is resumed."
 
     def loss(self, run: Training, batch: Mapping[str, Any], out: Any) -> dict[str, Any]:
         "Weighted terms to add to the loss of one forward pass; each a mean over the tokens of the batch."
@@ -68,8 +69,9 @@ class Method:
 
     def has(self) -> dict[str, bool]:
         "Which of the five parts the method brings."
-        return {"experts": self.adapter is not None, "router": self.adapter is not None, "penalty": self.penalty is not None,
-                "update": self.update is not None, "stream": self.stream is not None}
+        parts = {"experts": self.adapter, "router": self.adapter, "penalty": self.penalty, "update": self.update,
+                 "stream": self.stream}
+        return {name: part is not None for name, part in parts.items()}
 
 # %% ../../nbs/13_methods.ipynb #9c27292b
 def check_experts(
@@ -81,11 +83,13 @@ def check_experts(
     "The rank divides among the experts; no more experts are selected than there are."
     if r is None or num_experts is None: return
     if r < 1 or num_experts < 1 or r % num_experts:
-        raise SpecError(expected="a total rank that the number of experts divides", found=f"r = {r}, num_experts = {num_experts}",
+        raise SpecError(expected="a total rank that the number of experts divides",
+                        found=f"r = {r}, num_experts = {num_experts}",
                         where="settings", remedy="Change one of them.")
     for name, k in (("top_k", top_k), ("sub_top_k", sub_top_k)):
         if k is not None and not 0 <= k <= num_experts:
-            raise SpecError(expected=f"at most num_experts = {num_experts}", found=k, where=f"settings: {name}", remedy=f"Lower {name}.")
+            raise SpecError(expected=f"at most num_experts = {num_experts}", found=k, where=f"settings: {name}",
+                            remedy=f"Lower {name}.")
 
 # %% ../../nbs/13_methods.ipynb #3f5a3bbd
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,8 @@ class AdapterSettings:
     "Experts of any method."
     r: int = sourced(64, "official scripts", "total rank, shared by the experts")
     lora_alpha: float = sourced(128.0, "official scripts", "scale = lora_alpha / r")
-    lora_dropout: float = sourced(0.0, "ours: one pass at mini scale needs none, and drawing it costs time (official: 0.05)", "dropout before the experts")
+    lora_dropout: float = sourced(0.0, "ours: one pass at mini scale needs none (official: 0.05)",
+                                  "dropout before the experts")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,4 +25,5 @@ def pooled(
 
 # %% ../../nbs/13b_bounds.ipynb #2add757e
 ZERO_SHOT = Method("zero_shot", "the frozen base model, no training", NoSettings)
-JOINT = Method("joint", "all tasks at once in equal numbers: the upper bound", AdapterSettings, adapter=single_expert, stream=pooled)
+JOINT = Method("joint", "all tasks at once in equal numbers: the upper bound", AdapterSettings, adapter=single_expert,
+               stream=pooled)

@@ -26,5 +26,6 @@ METHODS: dict[str, Method] = {
 # %% ../../nbs/13z_table.ipynb #ed4a2d85
 def describe() -> list[dict[str, Any]]:  # one row a method
     "All methods as plain data."
-    return [{"name": m.name, "summary": m.summary, "parts": [part for part, there in m.has().items() if there], "settings": sources(m.settings)}
+    return [{"name": m.name, "summary": m.summary, "parts": [part for part, there in m.has().items() if there],
+             "settings": sources(m.settings)}
             for m in METHODS.values()]

@@ -1,0 +1,89 @@
+"The command line: help without torch, one line for a mistake, JSON, and a whole run."
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from small import SHORT, make_base, rows
+
+from strlora.cli import main, parser
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def said(*words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(w) for w in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def sets(base): return [x for pair in (f"model.base={base!r}", *SHORT) for x in ("--set", pair)]
+
+
+@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "methods"))])
+def test_help_needs_nothing(words):
+    code = ("import sys, strlora.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as e: assert e.code == 0\n"
+            "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: strlora" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words, found", [
+    (["run", "--method", "strlroa"], "'strlora'"), (["run", "--set", "lrr=1"], "'lr'"), (["run", "none.toml"], "no such file"),
+    (["run", "--limit", "0"], "--limit"), (["resume", "none"], "run.json"), (["eval", "none"], "run.json"), (["report", "none"], "none"),
+])
+def test_a_mistake_is_one_line(words, found):
+    code, out, err = said(*words)
+    assert code == 2 and not out and err.startswith("strlora: ") and err.count("\n") == 1 and found in err
+
+
+def test_dry_run_and_methods_are_json():
+    code, out, _ = said("run", "--dry-run", "--json", "--seed", "3", "--method", "lora")
+    shown = {row["name"]: row for row in json.loads(out)}
+    assert code == 0 and shown["seed"]["value"] == 3 and shown["method"]["value"] == "lora" and all(r["source"] for r in shown.values())
+    assert {m["name"] for m in json.loads(said("methods", "--json")[1])} >= {"strlora", "strlora_released", "lora", "joint", "zero_shot"}
+    assert "train.lr" in said("run", "--dry-run")[1]
+
+
+def test_a_limit_makes_everything_smaller():
+    shown = {row["name"]: row["value"] for row in json.loads(said("run", "--limit", "4", "--dry-run", "--json")[1])}
+    assert (shown["stream.chunk_size"], shown["stream.proxy_size"], shown["stream.test_size"]) == (4, 4, 4)
+
+
+def test_every_verb_is_there():
+    from strlora.cli import VERBS
+    verbs = next(a for a in parser()._actions if a.dest == "verb").choices
+    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "methods"}
+
+
+def test_run_report_eval(base, tmp_path):
+    folder = tmp_path/"run"
+    code, out, err = said("run", *sets(base), "--set", "full_every=3", "--out", folder)
+    assert code == 0, err
+    assert "MAP" in out and "MAF" in out and str(folder) in out and err.count("chunk ") == 3
+    assert {p.name for p in folder.glob("*.png")} >= {"accuracy.png", "experts.png"}
+    assert {p.name for p in folder.iterdir()} >= {"run.json", "stream.json", "train.parquet", "predictions.parquet", "routing.parquet", "checkpoint"}
+    before = rows(folder)
+    code, out, err = said("run", *sets(base), "--set", "full_every=3", "--out", folder)
+    assert code == 0 and "finished" in err and "MAP" in out, "a finished run is shown, not run again"
+    found = json.loads(said("report", folder, "--json")[1])
+    assert found[0]["method"] == "strlora" and len(found[0]["final"]) == 11
+    code, out, _ = said("eval", folder, "--split", "both", "--json")
+    assert code == 0 and set(json.loads(out)) == {"proxy", "full"}
+    key = lambda r: (r["after_chunk"], r["split"], r["task"], r["sample_id"])
+    assert sorted(rows(folder), key=key) == sorted(before, key=key), "the same model gives the same answers"
+    final = {task: score for task, score in json.loads(out)["proxy"].items()}
+    assert final == pytest.approx(found[0]["final"], abs=1e-6)
+
+
+def test_zero_shot_and_joint_end_in_a_table(base, tmp_path):
+    for method, words in (("zero_shot", sets(base)[:-4]), ("joint", sets(base))):
+        code, out, err = said("run", "--method", method, *words, "--out", tmp_path/method)
+        assert code == 0 and "final AP" in out, err
+    code, out, _ = said("report", tmp_path/"zero_shot", tmp_path/"joint", "--json")
+    assert [r["method"] for r in json.loads(out)] == ["zero_shot", "joint"]

@@ -1,0 +1,164 @@
+"A run may die at any instant: what is resumed ends as if nothing had happened."
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+from small import make_base, rows, short_spec, timeless
+
+from strlora import checkpoint, runs, trainer
+from strlora.core import CheckpointError, SpecError, read_json, write_json
+from strlora.job import load_model
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    "An undisturbed run, and how long it took."
+    start = time.monotonic()
+    return runs.start(short_spec(base), tmp_path_factory.mktemp("whole")/"run"), time.monotonic() - start
+
+
+def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child(job, *args):
+    "Run a function in a forked process; its exit code, -9 after SIGKILL."
+    process = FORK.Process(target=job, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def go(base, folder):
+    if runs.status_of(folder) == "absent": runs.start(short_spec(base), folder)
+    else: runs.resume(folder)
+
+
+def die_in_step(base, folder, total):
+    "Die between backward pass and optimizer step of the step after `total`."
+    true = trainer.apply_step
+    trainer.apply_step = lambda run, share: die() if run.total == total else true(run, share)
+    go(base, folder)
+
+
+def die_while_saving(base, folder, count):
+    "Die with the weights written and the state not."
+    true, left = checkpoint.write_json, [count]
+    def write(*args):
+        left[0] -= 1
+        return die() if left[0] == 0 else true(*args)
+    checkpoint.write_json = write
+    go(base, folder)
+
+
+def die_after_rows(base, folder, chunk):
+    "Die when a chunk's answers are written and its position is not."
+    true = runs.Recorder.chunk_done
+    runs.Recorder.chunk_done = lambda self, run: die() if run.chunk == chunk + 1 else true(self, run)
+    go(base, folder)
+
+
+def same(a, b):
+    assert rows(a) == rows(b)
+    assert timeless(rows(a, "train")) == timeless(rows(b, "train"))
+    assert rows(a, "routing") == rows(b, "routing")
+
+
+def test_killed_at_random_steps(base, whole, tmp_path):
+    folder, steps = tmp_path/"run", sorted(random.Random(0).sample(range(9), 2))
+    for total in steps: assert child(die_in_step, base, folder, total) == -signal.SIGKILL
+    assert child(die_while_saving, base, folder, 2) == -signal.SIGKILL
+    assert child(die_after_rows, base, folder, 3) == -signal.SIGKILL
+    assert runs.status_of(folder) == "running"
+    assert child(go, base, folder) == 0
+    same(folder, whole[0])
+    assert read_json(folder/"run.json")["resumed"] == 4 and not (folder/"parts").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["strlora", "strlora_released", "lora", "joint"])
+def test_killed_at_random_instants(base, tmp_path, method):
+    spec, draw = short_spec(base, f"method={method}", "stream.chunks=4", "kl_from_chunk=2") if method.startswith("strlora") else \
+        short_spec(base, f"method={method}", "stream.chunks=4"), random.Random(method)
+    start = time.monotonic()
+    runs.start(spec, tmp_path/"whole")
+    took, folder, killed = time.monotonic() - start, tmp_path/"run", 0
+    for _ in range(40):
+        process = FORK.Process(target=lambda: runs.start(spec, folder) if runs.status_of(folder) == "absent" else runs.resume(folder))
+        process.start()
+        process.join(draw.uniform(0.2, 0.9) * took)
+        if process.exitcode is not None: break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += 1
+    assert process.exitcode == 0 and killed
+    assert rows(folder) == rows(tmp_path/"whole")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(base, whole, tmp_path, monkeypatch):
+    true = runs.Recorder.step_done
+    def press(self, run, row):
+        if run.total == 5: os.kill(os.getpid(), signal.SIGINT)
+        true(self, run, row)
+    monkeypatch.setattr(runs.Recorder, "step_done", press)
+    folder = tmp_path/"run"
+    with pytest.raises(runs.Interrupted, match="strlora resume"): runs.start(short_spec(base), folder)
+    monkeypatch.undo()
+    assert runs.status_of(folder) == "interrupted" and (folder/"predictions.parquet").exists()
+    with pytest.raises(SpecError, match="strlora resume"): runs.start(short_spec(base), folder)
+    _, state = checkpoint.load(folder/"checkpoint")
+    assert state["position"]["total"] == 5
+    refuses_another_spec(folder)
+    runs.resume(folder)
+    same(folder, whole[0])
+    with pytest.raises(CheckpointError, match="finished"): runs.resume(folder)
+    with pytest.raises(SpecError, match="finished"): runs.start(short_spec(base), folder)
+
+
+def refuses_another_spec(folder):
+    info = read_json(folder/"run.json")
+    changed = {**info, "spec": {**info["spec"], "train": {**info["spec"]["train"], "lr": 0.5, "threads": 1}, "seed": 9}}
+    write_json(folder/"run.json", changed)
+    with pytest.raises(CheckpointError, match="seed is 9 here and 0 in the checkpoint; train.lr is 0.5 here"): runs.resume(folder)
+    write_json(folder/"run.json", {**info, "status": "interrupted"})
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(base, whole, tmp_path, monkeypatch):
+    true, calls = checkpoint.save_file, []
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7: raise OSError(28, "No space left on device")
+        return true(*args, **kwargs)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError): runs.start(short_spec(base), tmp_path/"run")
+    monkeypatch.undo()
+    assert runs.status_of(tmp_path/"run") == "failed"
+    checkpoint.load(tmp_path/"run"/"checkpoint")
+    runs.resume(tmp_path/"run")
+    same(tmp_path/"run", whole[0])
+
+
+def test_the_checkpoint_is_an_adapter_for_peft(base, whole):
+    from peft import PeftModel
+
+    import strlora
+    strlora.register()
+    model, _ = load_model(base)
+    loaded = PeftModel.from_pretrained(model, whole[0]/"checkpoint")
+    state, _ = checkpoint.load(whole[0]/"checkpoint")
+    mine = checkpoint.adapter_state(loaded)
+    assert mine.keys() == state.keys() and all((mine[k] == state[k]).all() for k in mine)
+    assert any("ema" in k for k in state)
+
+
+def test_a_run_is_small(whole):
+    assert sum(p.stat().st_size for p in whole[0].glob("*.*") if p.is_file()) < 100_000

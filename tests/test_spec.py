@@ -1,0 +1,88 @@
+"Specs: files, overrides, kinds, ranges, nearest names, published experiments."
+from pathlib import Path
+
+import pytest
+
+from strlora.core import SpecError, sources
+from strlora.methods.table import METHODS
+from strlora.spec import GROUPS, RunSpec, as_dict, digest, explain, flat, load, override, resolve
+
+EXPERIMENTS = sorted((Path(__file__).parents[1]/"experiments").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: "/".join(p.parts[-3:]))
+def test_every_experiment_resolves_and_holds_only_differences(path):
+    given = load(path)
+    spec, base = resolve(given, path), flat(as_dict(resolve({"method": given.get("method", "strlora")})))
+    base["method"] = "strlora"
+    for name, value in flat(given).items(): assert base[name] != value, f"{name} = {value} is the default"
+    assert (spec.scale, spec.stream.name, spec.method) == (*path.parts[-3:-1], path.stem), "folder and name say what is run"
+
+
+def test_there_are_experiments():
+    assert {p.stem for p in EXPERIMENTS} >= set(METHODS)
+
+
+def test_no_differences_give_the_main_job():
+    spec = resolve()
+    assert (spec.method, spec.scale, spec.stream.name, spec.stream.chunks, spec.stream.chunk_size) == ("strlora", "mini", "windows", 25, 200)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"metod": "lora"}, "unknown setting 'metod'.*'method'"),
+    ({"method": "strlra"}, "unknown method 'strlra'.*'strlora'"),
+    ({"stream": {"name": "windws"}}, "unknown name 'windws'.*'windows'"),
+    ({"train": {"optimiser_state": "carry"}}, "optimizer_state"),
+    ({"train": {"lr": "1e-3"}}, "train.*: lr: expected float, found '1e-3'"),
+    ({"train": {"lr": True}}, "expected float, found True"),
+    ({"train": {"batch_size": 1.5}}, "expected int, found 1.5"),
+    ({"train": {"betas": [0.9]}}, "betas"),
+    ({"train": {"lr": -1.0}}, "train.lr: expected at least 0"),
+    ({"train": {"lr": float("nan")}}, "train.lr"),
+    ({"stream": {"chunks": 0}}, "stream.chunks: expected at least 1"),
+    ({"stream": {"test_size": 5}}, "proxy_size"),
+    ({"train": 3}, "expected a table"),
+    ({"settings": {"r": 10}}, "r = 10, num_experts = 4"),
+    ({"settings": {"top_k": 5}}, "top_k.*num_experts = 4"),
+    ({"method": "lora", "settings": {"top_k": 1}}, "unknown setting 'top_k'"),
+])
+def test_mistakes_are_named(values, words):
+    with pytest.raises(SpecError, match=words): resolve(values)
+
+
+def test_a_bad_file_is_named(tmp_path):
+    with pytest.raises(SpecError, match="no such file"): load(tmp_path/"none.toml")
+    (tmp_path/"bad.toml").write_text("lr = = 3")
+    with pytest.raises(SpecError, match="bad.toml"): load(tmp_path/"bad.toml")
+
+
+def test_overrides():
+    spec = resolve(override({"train": {"lr": 0.5}}, ["top_k=1", "train.lr=2e-4", "optimizer_state=carry", "stream.seed=4", "seed=3"]))
+    assert (spec.settings.top_k, spec.train.lr, spec.train.optimizer_state, spec.stream.seed, spec.seed) == (1, 2e-4, "carry", 4, 3)
+    assert resolve(override({}, ["lora_alpha=32", "method=lora"])).settings.lora_alpha == 32.0, "the method counts before its settings"
+    for wrong in ("lr", "learning_rate=1", "train.lrr=1", "batch_sizes=1"):
+        with pytest.raises(SpecError): override({}, [wrong])
+
+
+def test_a_digest_names_what_was_changed():
+    assert digest(resolve({"seed": 4, "method": "lora", "stream": {"name": "strcvit"}})) == ""
+    assert digest(resolve({"train": {"threads": 1}})) == "", "how it is executed does not change what it is"
+    a, b = digest(resolve({"train": {"lr": 0.1}})), digest(resolve({"train": {"lr": 0.2}}))
+    assert a and b and a != b
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_has_a_source_and_survives_the_record(method):
+    spec = resolve({"method": method})
+    for row in explain(spec): assert row["source"] and row["help"], row["name"]
+    assert {r["name"] for r in explain(spec)} == set(flat(as_dict(spec)))
+    assert resolve(as_dict(spec)) == spec
+    for cls in (RunSpec, *GROUPS.values()): assert sources(cls)
+
+
+def test_presets_agree_with_the_adapters_defaults():
+    from strlora.tuner.config import StrLoraConfig
+    for method, config in (("strlora", StrLoraConfig()), ("strlora_released", StrLoraConfig.released())):
+        settings = as_dict(resolve({"method": method}))["settings"]
+        differ = {k: (v, getattr(config, k)) for k, v in settings.items() if hasattr(config, k) and getattr(config, k) != v}
+        assert set(differ) <= {"lora_dropout"}, differ
