@@ -99,6 +99,8 @@ class AdapterSettings:
     lora_alpha: float = sourced(128.0, "official scripts", "scale = lora_alpha / r")
     lora_dropout: float = sourced(0.0, "ours: one pass at mini scale needs none (official: 0.05)",
                                   "dropout before the experts")
+    init_experts: str = sourced("kaiming", "ours: PEFT's LoRA; follows the width, and equals the official 0.01 at width 3333",
+                                "start of A: 'kaiming', or 'normal' with the official deviation of 0.01")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,5 +113,5 @@ def single_expert(
 ) -> Any:                       # a `StrLoraConfig`
     "Plain LoRA in the terms of this package: one expert of the whole rank behind a constant router."
     from strlora.tuner.config import StrLoraConfig
-    return StrLoraConfig(r=settings.r, num_experts=1, router="constant", lora_alpha=settings.lora_alpha, kl_weight=0.0,
-                         top_k=None, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM")
+    return StrLoraConfig(r=settings.r, num_experts=1, router="constant", init_experts=settings.init_experts, top_k=None, kl_weight=0.0,
+                         lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM")

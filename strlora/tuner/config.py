@@ -86,7 +86,7 @@ class StrLoraConfig(PeftConfig):
     num_experts: int = sourced(4, "official code", "number of experts")
     lora_alpha: float = sourced(128, "official code", "numerator of the scale lora_alpha / r")
     lora_dropout: float = sourced(0.05, "official code", "probability of dropping an input feature")
-    init_experts: str = sourced("normal", "official code", "start of A: 'normal' or 'kaiming' (PEFT's LoRA); B starts at zero")
+    init_experts: str = sourced("kaiming", "ours: PEFT's LoRA; follows the width, and equals the official 0.01 at width 3333", "start of A: 'kaiming', or 'normal' with the official deviation of 0.01; B starts at zero")
     router: str = sourced("two_stage", "abstract", "a name in strlora.moe.layer.ROUTERS")
     top_k: int | None = sourced(2, "official code", "stage 1: experts a sample may use; None or 0 for all")
     sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None all of the subset, 0 no stage 2")
@@ -119,7 +119,7 @@ class StrLoraConfig(PeftConfig):
             if name not in known: raise unknown("setting", name, sorted(known), where="StrLoraConfig.released")
         same = {"top_k", "sub_top_k", "attention_dim", "stage1", "instruction_norm", "kl_through_hidden"}
         settings = released_router(**{name: value for name, value in overrides.items() if name in same})
-        settings |= {"kl_padding": settings.pop("padding"), "share_routers": False}
+        settings |= {"kl_padding": settings.pop("padding"), "share_routers": False, "init_experts": "normal"}
         if not settings.pop("regularize", True): settings["kl_weight"] = 0.0
         return cls(**(settings | overrides))
 
