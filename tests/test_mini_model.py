@@ -157,3 +157,27 @@ def test_base_knows_every_word_of_the_benchmark(base):
 
     tokenizer = base[1].tokenizer
     assert [w for w in vocabulary() if tokenizer(w)["input_ids"] in ([], [tokenizer.unk_token_id]) or len(tokenizer(w)["input_ids"]) > 1] == []
+
+
+def test_base_describes_new_pictures(base):
+    import random
+
+    from strlora.data.mini.captions import MAKERS, PROMPTS, SAY
+    from strlora.data.mini.scenes import draw
+
+    model, processor = base
+    rng = random.Random("test of the base")
+    facts = [MAKERS[kind](rng) for kind in ("symbol", "place", "bars", "candles", "road", "aerial") for _ in range(5)]
+    images = [draw(one) for one in facts]
+    batch = processor(images=images, text=[prompt(processor, PROMPTS[0])] * len(images), return_tensors="pt")
+    out = model.generate(**batch, max_new_tokens=40, do_sample=False)[:, batch["input_ids"].shape[1]:]
+    said = processor.tokenizer.batch_decode(out, skip_special_tokens=True)
+    true = [text in {t for seed in range(60) for t in SAY[one["kind"]](one, random.Random(seed))} for one, text in zip(facts, said, strict=True)]
+    assert np.mean(true) >= 0.8
+
+
+def test_record_of_the_base_names_its_making():
+    from strlora.core import read_json
+
+    record = read_json(mini.ASSETS / "base" / "training.json")
+    assert set(record) >= {"plan", "sha256", "command", "seconds", "loss", "torch", "threads"} and record["loss"][-1] < record["loss"][0] / 10
