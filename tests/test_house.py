@@ -184,6 +184,14 @@ def test_figure_notebook_reads_artefacts_only(path):
 
 
 @pytest.mark.parametrize("path", NBS, **ids)
+def test_links_between_chapters_lead_to_notebooks(path):
+    "As `07_layer.ipynb`: such links work in Jupyter, on a code host and, rewritten, on the site."
+    for cell in cells(path, "markdown"):
+        for target in re.findall(r"\]\(([\w./-]+\.(?:ipynb|html|md))[)#]", cell["source"]):
+            assert not target.endswith(".html") and (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NBS, **ids)
 def test_prose_has_no_machine_paths(path):
     for kind in ("markdown", "code"):
         for cell in cells(path, kind):
