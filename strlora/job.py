@@ -111,7 +111,8 @@ class Job:
         self.model = wrap(base.to(self.accelerator.device), spec)
         self.encode = image_encoder(self.model, spec)
         self.collate = Collator(self.processor, images=self.encode is None)
-        self.trains, self.prepared = self.method.adapter is not None, {}
+        self.trains = self.method.adapter is not None
+        self.prepared: dict[str, list[Prompts]] = {}
         self.parameters = parameter_counts(self.model)
         if self.trains:
             self.trainer = Trainer(self.model, self.collate, spec.train, self.method.parts(spec.settings), spec.seed,

@@ -155,7 +155,7 @@ def stopping(
         for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, ask)
     try: yield
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for one, handler in before.items(): signal.signal(one, handler)
 
 # %% ../nbs/14a_runs.ipynb #59e9bf5a
 def start(
