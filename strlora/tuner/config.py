@@ -86,7 +86,8 @@ class StrLoraConfig(PeftConfig):
     num_experts: int = sourced(4, "official code", "number of experts")
     lora_alpha: float = sourced(128, "official code", "numerator of the scale lora_alpha / r")
     lora_dropout: float = sourced(0.05, "official code", "probability of dropping an input feature")
-    init_experts: str = sourced("kaiming", "ours: PEFT's LoRA; follows the width, and equals the official 0.01 at width 3333", "start of A: 'kaiming', or 'normal' with the official deviation of 0.01; B starts at zero")
+    init_experts: str = sourced("kaiming", "ours: PEFT's LoRA; follows the width, and equals the official 0.01 at width 3333",
+                                "start of A: 'kaiming', or 'normal' with the official deviation of 0.01; B starts at zero")
     router: str = sourced("two_stage", "abstract", "a name in strlora.moe.layer.ROUTERS")
     top_k: int | None = sourced(2, "official code", "stage 1: experts a sample may use; None or 0 for all")
     sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None all of the subset, 0 no stage 2")
