@@ -29,10 +29,10 @@ run: $(READY)  ## the main job: train StrLoRA on the mini benchmark, then table 
 	$(VENV)/bin/strlora run $(ARGS)
 
 test: $(READY)  ## the tests: modules, notebooks, house rules (ARGS="..." goes to pytest)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(READY)  ## the tests with the slow ones
-	$(PY) -m pytest --slow $(ARGS)
+	$(PY) -m pytest --slow -n 2 --dist worksteal $(ARGS)
 
 nbtest: $(READY)  ## nbdev_test, what `make test` runs notebook by notebook
 	$(VENV)/bin/nbdev_test --n_workers 2 --timing
