@@ -7,6 +7,7 @@ __all__ = ['TENSOR', 'TUPLE', 'PAIRS', 'FORMAT', 'ADAPTER', 'TENSORS', 'TREE', '
            'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'exists', 'load', 'check_spec']
 
 # %% ../nbs/11_checkpoint.ipynb #9a396bf4
+import errno
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,10 +129,16 @@ def save(
     plain, tensors = pack(state)
     with atomic_folder(folder) as new:
         if hasattr(model, "peft_config"):
-            save_file(adapter_state(model), new/ADAPTER, metadata={"format": "pt"})
+            _write(adapter_state(model), new/ADAPTER)
             model.peft_config[model.active_adapter].save_pretrained(new)
-        save_file(tensors, new/TENSORS)
+        _write(tensors, new/TENSORS)
         write_json(new/TREE, {"format": FORMAT, "spec": spec, "state": plain})
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    "Write a safetensors file; what the library says of a full disk is an OSError like any other."
+    try: save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error: raise OSError(errno.EIO, f"{error} (is the disk full?)", str(path)) from error
 
 
 def exists(

@@ -81,7 +81,7 @@ def spec_of(
                  for name in ("chunk_size", "test_size", "proxy_size")}
         spec = resolve(override(values, named + args.set + [f"stream.{k}={v}" for k, v in sizes.items()]),
                        args.spec or "settings")
-    plain = not args.set and args.limit is None
+    plain = not args.set and args.limit is None and args.method is None
     published = plain and bool(args.spec) and "experiments" in Path(args.spec).resolve().parts
     return spec, published
 

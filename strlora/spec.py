@@ -153,6 +153,9 @@ def _check_ranges(spec: RunSpec, where: str) -> None:
                 if value >= low: continue
                 raise SpecError(expected=kind, found=value, where=f"{where}: {group}.{name}",
                                 remedy="Change the value.")
+    for name, seed in (("seed", spec.seed), ("stream.seed", spec.stream.seed)):
+        if seed is not None and seed < 0:
+            raise SpecError(expected="at least 0", found=seed, where=f"{where}: {name}", remedy="Change the value.")
     if spec.stream.proxy_size > spec.stream.test_size:
         raise SpecError(expected=f"at most stream.test_size = {spec.stream.test_size}", found=spec.stream.proxy_size,
                         where=f"{where}: stream.proxy_size", remedy="A proxy is a part of its test set.")

@@ -286,9 +286,9 @@ def test_notice_names_every_picture():
 
 
 def test_artefacts_are_small():
-    def size(folder: Path) -> int: return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    def size(folder: Path) -> int: return sum(p.stat().st_size for p in tracked() if folder in p.parents)
     results = ROOT / "results"
-    for run in {p.parent for p in results.rglob("run.json")}:
+    for run in {p.parent for p in tracked() if p.name == "run.json"}:
         assert size(run) <= 300_000, f"{run.relative_to(ROOT)}: {size(run) / 1000:.0f} kB"
     assert size(results) <= 40_000_000 and size(ROOT / "strlora/assets") <= 20_000_000
 

@@ -3,6 +3,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -145,6 +147,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, whole, tmp_path, monkeypat
     checkpoint.load(tmp_path/"run"/"checkpoint")
     runs.resume(tmp_path/"run")
     same(tmp_path/"run", whole[0])
+
+
+FULL = """
+import resource, signal, sys, torch
+from strlora import checkpoint
+folder, model = sys.argv[1], torch.nn.Linear(2, 2)
+checkpoint.save(folder, model, {"position": 1, "moment": torch.ones(4)}, {})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try: checkpoint.save(folder, model, {"position": 2, "moment": torch.ones(100_000)}, {})
+except OSError as error: print("refused", checkpoint.load(folder)[1]["position"])
+"""
+
+
+def test_a_file_that_the_system_will_not_let_grow_is_an_error_and_the_old_checkpoint_stays(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path/"checkpoint")], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["refused", "1"], done.stderr
 
 
 def test_the_checkpoint_is_an_adapter_for_peft(base, whole):
