@@ -1,10 +1,12 @@
 "One pass over a stream: tokens, accumulation, moments, penalties, chunk boundaries, what is not a number."
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small import make_base, rows, session, short_spec, timeless
+from small import SHORT, make_base, rows, session, short_spec, timeless
 
 from strlora import runs
 from strlora.core import RecordError, TrainingError
@@ -160,3 +162,19 @@ def test_bounds(base, tmp_path):
     assert {r["after_chunk"] for r in rows(joint)} == {0, 3} and {r["after_chunk"] for r in rows(zero)} == {0}
     assert sum(r["samples"] for r in rows(joint, "train")) == 33, "three of each task: 36 samples over 11 tasks"
     assert not (zero/"train.parquet").exists() and not (zero/"checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(base, tmp_path):
+    pairs = [x for pair in (f"model.base={base!r}", *SHORT, "lora_dropout=0.0", "chunk_size=10", "grad_norm_every=1") for x in ("--set", pair)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c",
+              "import sys; from strlora.cli import main; sys.exit(main(sys.argv[1:]))"]
+    for out, words, start in (("one", [], []), ("two", ["--set", "batch_size=2"], launch)):
+        start = start or [sys.executable, "-c", launch[-1]]
+        done = subprocess.run([*start, "run", *pairs, *words, "--out", str(tmp_path/out)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (rows(tmp_path/out, "train") for out in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"])
+        for name in ("lm", "kl", "grad_norm", "grad_norm_lm", "grad_norm_kl"): assert math.isclose(a[name], b[name], rel_tol=1e-3, abs_tol=1e-6), name
+    assert [r["sample_id"] for r in rows(tmp_path/"one")] == [r["sample_id"] for r in rows(tmp_path/"two")]
