@@ -127,9 +127,8 @@ def do_resume(args: argparse.Namespace) -> int:
 
 
 def _quiet() -> None:
-    "No progress bars, advice to developers or spinning threads from the libraries below; called before they load."
+    "No progress bars or advice to developers from the libraries below; called before they load."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a busy machine
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     from transformers.utils import logging

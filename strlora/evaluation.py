@@ -16,7 +16,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from .data.tasks import TASKS, score
-from .trainer import with_features
+from .objective import with_features
 
 # %% ../nbs/12_evaluation.ipynb #95c761b2
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ class TrainConfig:
     precision: Literal["no", "bf16"] = sourced("no", "ours: float32 on a CPU (official: bf16)", "mixed precision")
     device: Literal["cpu", "auto"] = sourced("cpu", "ours: the same numbers everywhere",
                                              "`auto` takes the accelerator there is")
-    threads: int = sourced(2, "ours: a lone run on two cores; give 1 to runs side by side",
+    threads: int = sourced(1, "ours: at mini scale a second thread gains little and loses much beside other work",
                            "CPU threads; 0: leave as it is")
     grad_norm_every: int = sourced(25, "ours: once in a chunk of 200",
                                    "steps between gradient norms of single terms; 0: never")

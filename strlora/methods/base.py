@@ -19,6 +19,8 @@ class Training(Protocol):
     optimizer: Any         # AdamW
     chunk: int             # the current chunk, counted from 1
     step: int              # optimizer steps done in this chunk
+    samples: Any           # of the current chunk, still in memory when it ends
+    batch: Any             # some samples → a batch as a training step gets it
 
 # %% ../../nbs/13_methods.ipynb #71cf9f2c
 class Part:

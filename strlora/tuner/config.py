@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ..core import SpecError, sourced, unknown
-from ..moe.layer import ROUTERS, STAGE1, check_counts
+from ..moe.layer import BANKS, ROUTERS, STAGE1, check_counts
 from ..moe.layer import released as released_router
 
 # %% ../../nbs/08_tuner_config.ipynb #ea4ddfad
@@ -69,6 +69,7 @@ def check_settings(
         raise SpecError(expected=f"a total rank divisible by {experts} experts", found=config.r, where="StrLoraConfig.r",
                         remedy=f"Use r={config.r // experts * experts or experts} or r={(config.r // experts + 1) * experts}.")
     check_choice(config, "router", ROUTERS)
+    check_choice(config, "bank", BANKS)
     check_choice(config, "stage1", STAGE1)
     if config.router == "two_stage":
         for name in ("top_k", "sub_top_k"):
@@ -88,7 +89,11 @@ class StrLoraConfig(PeftConfig):
     lora_dropout: float = sourced(0.05, "official code", "probability of dropping an input feature")
     init_experts: str = sourced("kaiming", "ours: PEFT's LoRA; follows the width, and equals the official 0.01 at width 3333",
                                 "start of A: 'kaiming', or 'normal' with the official deviation of 0.01; B starts at zero")
+    bank: str = sourced("plain", "ours", "kind of experts: a name in strlora.moe.layer.BANKS")
     router: str = sourced("two_stage", "abstract", "a name in strlora.moe.layer.ROUTERS")
+    bank_options: dict[str, Any] = sourced({}, "ours", "further settings of the experts, for kinds that have some")
+    router_options: dict[str, Any] = sourced({}, "ours", "settings of a router other than 'two_stage'")
+    penalty_options: dict[str, float] = sourced({}, "ours", "weights of penalty terms other than 'kl'")
     top_k: int | None = sourced(2, "official code", "stage 1: experts a sample may use; None or 0 for all")
     sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None all of the subset, 0 no stage 2")
     attention_dim: int = sourced(32, "ours: below 1.3 times LoRA's parameters (official: 64)", "width of stage 2; 0 for a linear one")
@@ -126,6 +131,7 @@ class StrLoraConfig(PeftConfig):
 
     def router_settings(self) -> dict[str, Any]:
         "The keywords from which a router of `strlora.moe.layer.ROUTERS` is built."
+        if self.router not in ("two_stage", "constant"): return {"experts": self.num_experts, **self.router_options}
         return dict(experts=self.num_experts, top_k=self.top_k, sub_top_k=self.sub_top_k, attention_dim=self.attention_dim,
                     stage1=self.stage1, instruction_norm=self.instruction_norm, regularize=self.kl_weight > 0,
                     temperature=self.kl_temperature, ema_decay=self.ema_decay, padding=self.kl_padding,
@@ -133,4 +139,9 @@ class StrLoraConfig(PeftConfig):
 
     def penalty_weights(self) -> dict[str, float]:
         "The weight of each penalty term that layers may add."
-        return {"kl": self.kl_weight}
+        return {"kl": self.kl_weight, **self.penalty_options}
+
+    def bank_settings(self) -> dict[str, Any]:
+        "The keywords from which a bank of `strlora.moe.layer.BANKS` is built."
+        return {"experts": self.num_experts, "rank": self.r, "alpha": self.lora_alpha, "dropout": self.lora_dropout,
+                "init": self.init_experts, **self.bank_options}

@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core import SignalError, SpecError, StrLoraError
-from ..moe.experts import Experts, Routing
-from ..moe.layer import ROUTERS, ConstantRouter
+from ..moe.experts import Routing
+from ..moe.layer import BANKS, ROUTERS
 from ..moe.signal import Context
 from .call import CALL, Call
 from .root import REMEDY
@@ -51,10 +51,11 @@ def fitted(
     "The context for one layer; almost always the call's own."
     device = x.device
     if context.instruction.device != device:
-        moved = {n: v.to(device) for n in ("instruction", "tokens", "images") if (v := getattr(context, n)) is not None}
+        names = ("instruction", "tokens", "images", "prompt")
+        moved = {n: v.to(device) for n in names if (v := getattr(context, n)) is not None}
         context = dataclasses.replace(context, **moved)
-    tokens = context.tokens
-    return context if tokens is None or x.shape[:-1] == tokens.shape else dataclasses.replace(context, tokens=None)
+    other = {n: None for n in ("tokens", "prompt") if (mask := getattr(context, n)) is not None and x.shape[:-1] != mask.shape}
+    return dataclasses.replace(context, **other) if other else context
 
 # %% ../../nbs/08b_tuner_layer.ipynb #7efe3953
 def route(
@@ -70,7 +71,7 @@ def route(
     if known is not None and known[0] is owner and known[1] is x: return known[2]
     router = owner.strlora_router[adapter]
     context = None if call is None or call.context is None else fitted(call.context, h)
-    if context is None and not isinstance(router, ConstantRouter):
+    if context is None and router.reads_instruction:
         raise SignalError(expected="an instruction to route by", found="none", where=layer.name, remedy=REMEDY)
     routing = router(h, context)
     if call is not None: note(call, owner.name, adapter, router, routing)
@@ -121,8 +122,7 @@ class StrLoraLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: Any, d_text: int, owner: Any = None, inference_mode: bool = False) -> None:
         "Add an adapter: a bank of experts, and a router unless another layer owns it."
         base = self.get_base_layer()
-        self.strlora_experts[adapter] = Experts(base.in_features, base.out_features, config.num_experts, config.r, config.lora_alpha,
-                                                config.lora_dropout, config.init_experts)
+        self.strlora_experts[adapter] = BANKS[config.bank](base.in_features, base.out_features, **config.bank_settings())
         if owner is None: self.strlora_router[adapter] = ROUTERS[config.router](base.in_features, d_text, **config.router_settings())
         else: self.strlora_owner[adapter] = owner
         self.freeze(adapter, frozenset())

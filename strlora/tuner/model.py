@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..core import SpecError
+from ..moe.layer import BLIND
 from .call import collected, recorded
 from .layer import StrLoraLinear, check_linear, refuse_merge
 from .root import Root, input_embeddings, instructed, root_of
@@ -44,7 +45,7 @@ def text_width(
 ) -> int:               # width of the input embeddings; 0 if the router does not read them
     "Width of the instruction vector, from the model itself."
     if hasattr(model, "get_input_embeddings"): return input_embeddings(model).weight.shape[-1]
-    if config.router == "constant": return 0
+    if config.router in BLIND: return 0
     raise SpecError(expected="a model with input embeddings (get_input_embeddings)", found=type(model).__name__, where="get_peft_model",
                     remedy="Wrap the whole Hugging Face model, or use router='constant'.")
 

@@ -15,10 +15,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import SignalError
-from ..moe.signal import Context, Penalties, pool_instruction
+from ..moe.signal import Context, Penalties, pool_instruction, prompt_tokens
 from .call import CALL, RECORDS, TERMS, BoundCheckpoint, Call
 
 # %% ../../nbs/08a_tuner_root.ipynb #a96da6d7
@@ -62,7 +63,9 @@ class Prompt:
     "An instruction that holds for several forward passes: all steps of one generation."
     root: Any                  # the `Root` it belongs to
     instruction: Tensor        # instruction vectors of the prompts [b, d]
+    mask: Tensor               # true on the instruction [b, t]
     previous: "Prompt | None"  # the prompt it is nested in
+    memory: dict[Any, Tensor] = dataclasses.field(default_factory=dict)  # decisions that hold for the whole generation
 
 
 PROMPT: ContextVar[Prompt | None] = ContextVar("strlora_prompt", default=None)
@@ -70,16 +73,18 @@ PROMPT: ContextVar[Prompt | None] = ContextVar("strlora_prompt", default=None)
 
 def prompted(
     root: Any,                 # the root that is being entered
-    rows: int | None,          # rows of this forward pass
-) -> Tensor | None:            # one instruction vector a row [rows, d]
-    "The instruction of the generation in progress, repeated for beams and returned sequences."
-    prompt = PROMPT.get()
+    shape: tuple[int, int],    # rows and tokens of this forward pass
+) -> Context | None:           # one instruction vector a row [rows, d]
+    "What the generation in progress was asked, repeated for beams and returned sequences."
+    prompt, (rows, t) = PROMPT.get(), shape
     while prompt is not None and prompt.root is not root: prompt = prompt.previous
-    if prompt is None or rows is None: return None
-    prompts = prompt.instruction.shape[0]
+    if prompt is None: return None
+    prompts, length = prompt.mask.shape
     if rows % prompts:
         raise SignalError(expected=f"one or more rows for each of {prompts} prompts", found=rows, where="generate", remedy=REMEDY)
-    return prompt.instruction.repeat_interleave(rows // prompts, 0)
+    each = lambda x: x.repeat_interleave(rows // prompts, 0)
+    mask = F.pad(prompt_tokens(each(prompt.mask), None), (0, t - length)) if t >= length else None
+    return Context(each(prompt.instruction), prompt=mask, memory=prompt.memory)
 
 # %% ../../nbs/08a_tuner_root.ipynb #829f17c3
 def real_tokens(
@@ -141,15 +146,17 @@ def fill(
     "Shape, instruction, real tokens, and a place for penalty terms."
     ids, embeddings, labels = given.get("input_ids"), given.get("inputs_embeds"), given.get("labels")
     first: Any = ids if ids is not None else embeddings
-    rows = None if first is None else first.shape[0]
-    instruction = prompted(call.root, rows)
-    if instruction is None and mask is not None: instruction = instruction_of(model, mask, ids, embeddings)
+    context = None if first is None else prompted(call.root, tuple(first.shape[:2]))
+    if context is None and mask is not None:
+        vectors = instruction_of(model, mask, ids, embeddings)
+        context = Context(vectors, prompt=prompt_tokens(mask.to(vectors.device, torch.bool), None))
     call.labelled, call.records = labels is not None, RECORDS.get()
     if penalize: call.penalties = Penalties()
     if penalize and call.labelled: call.share = share_of_batch(labels, given.get("num_items_in_batch"))
-    if instruction is None: return
-    tokens = real_tokens(given.get("attention_mask"), tuple(first.shape[:2])) if penalize else None
-    call.context = Context(instruction, tokens, penalties=call.penalties)
+    if context is None: return
+    tokens = real_tokens(given.get("attention_mask"), tuple(first.shape[:2]))
+    prompt = context.prompt if tokens is None or context.prompt is None else context.prompt & tokens
+    call.context = dataclasses.replace(context, tokens=tokens if penalize else None, prompt=prompt, penalties=call.penalties)
 
 # %% ../../nbs/08a_tuner_root.ipynb #a742b74c
 class Root:
@@ -222,7 +229,8 @@ def instructed(
     inputs_embeds: Tensor | None = None,  # or their embeddings [b, t, d]
 ) -> Iterator[None]:
     "All forward passes in the block are routed by these prompts."
-    token = PROMPT.set(Prompt(root, instruction_of(root.model, instruction_mask, input_ids, inputs_embeds), PROMPT.get()))
+    vectors = instruction_of(root.model, instruction_mask, input_ids, inputs_embeds)
+    token = PROMPT.set(Prompt(root, vectors, instruction_mask.to(vectors.device, torch.bool), PROMPT.get()))
     try:
         yield
     finally:
