@@ -135,8 +135,8 @@ class FreezeRouters(Part):
 
     def after_backward(self, run: Training) -> None:
         if not 0 < self.from_chunk <= run.chunk: return
-        for router in routers(run.model).values():
-            for parameter in router.parameters(): parameter.grad = None
+        for name, parameter in run.model.named_parameters():
+            if ".strlora_router." in name: parameter.grad = None
 
 # %% ../../nbs/13c_strlora.ipynb #fe22258e
 def _penalty(settings: StrLoraSettings) -> RoutingStability:
