@@ -7,7 +7,6 @@ __all__ = ['TENSOR', 'TUPLE', 'PAIRS', 'FORMAT', 'ADAPTER', 'TENSORS', 'TREE', '
            'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'exists', 'load', 'check_spec']
 
 # %% ../nbs/11_checkpoint.ipynb #9a396bf4
-import errno
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,18 +126,22 @@ def save(
 ) -> None:
     "Write a checkpoint; the previous one stays until the new one is complete."
     plain, tensors = pack(state)
-    with atomic_folder(folder) as new:
-        if hasattr(model, "peft_config"):
-            _write(adapter_state(model), new/ADAPTER)
-            model.peft_config[model.active_adapter].save_pretrained(new)
-        _write(tensors, new/TENSORS)
-        write_json(new/TREE, {"format": FORMAT, "spec": spec, "state": plain})
+    try:
+        with atomic_folder(folder) as new:
+            if hasattr(model, "peft_config"):
+                save_file(adapter_state(model), new/ADAPTER, metadata={"format": "pt"})
+                model.peft_config[model.active_adapter].save_pretrained(new)
+            save_file(tensors, new/TENSORS, metadata={"format": "pt"})
+            write_json(new/TREE, {"format": FORMAT, "spec": spec, "state": plain})
+    except (OSError, SafetensorError) as error: raise _unwritten(error, Path(folder)) from error
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    "Write a safetensors file; what the library says of a full disk is an OSError like any other."
-    try: save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error: raise OSError(errno.EIO, f"{error} (is the disk full?)", str(path)) from error
+def _unwritten(error: Exception, folder: Path) -> CheckpointError:
+    "The error for a checkpoint that could not be written, and what there is in its place."
+    kept = exists(folder)
+    go_on = f"The one before it is whole: go on with: strlora resume {folder.parent}" if kept else "There is none before it: start again."
+    return CheckpointError(expected="room for a checkpoint", found=str(error), where=folder,
+                           remedy=f"Make room on the disk. {go_on}")
 
 
 def exists(
@@ -159,10 +162,10 @@ def load(
     if not exists(folder): raise CheckpointError(expected="a checkpoint", found="no such folder", where=folder,
                                                   remedy="Start the run anew.")
     tree = read_json(folder/TREE)
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise CheckpointError(expected=f"format {FORMAT}",
-                              found=tree.get("format") if isinstance(tree, dict) else type(tree).__name__,
-                              where=folder/TREE, remedy="Use the version of the package that wrote it.")
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not {"spec", "state"} <= tree.keys():
+        raise CheckpointError(expected=f"format {FORMAT} with spec and state",
+                              found=sorted(tree) if isinstance(tree, dict) else type(tree).__name__,
+                              where=folder/TREE, remedy="Use the version of the package that wrote it, or start the run anew.")
     if spec is not None: check_spec(tree["spec"], spec, folder, ignore)
     adapter = _tensors(folder/ADAPTER) if (folder/ADAPTER).exists() else {}
     try: return adapter, unpack(tree["state"], _tensors(folder/TENSORS))

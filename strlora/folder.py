@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'hardware', 'provenance', 'parameter_counts',
-           'write_rows', 'merge_rows', 'finish', 'status_of', 'info_of']
+           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
 import functools
@@ -122,19 +122,24 @@ def finish(
     shutil.rmtree(folder/".parts.done")
 
 # %% ../nbs/14a_folder.ipynb #1dccd4a4
+def info_of(
+    folder: str | Path,   # of a run
+) -> dict[str, Any]:      # its run.json
+    "What is written down about a run; a file that does not describe one is a `CheckpointError`."
+    file = Path(folder)/"run.json"
+    if not file.exists():
+        raise CheckpointError(expected="a run", found="no run.json", where=folder, remedy="Start one with `strlora run`.")
+    info = read_json(file)
+    kinds = {"status": str, "method": str, "spec": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(info, dict) or not isinstance(info.get(k), kind) or not info[k]]
+    if wrong:
+        raise CheckpointError(expected=f"{', '.join(kinds)} of a run", found=f"no {', no '.join(wrong)}", where=file,
+                              remedy="Restore the file, or start the run anew in another folder.")
+    return info
+
+
 def status_of(
     folder: str | Path,  # of a run, or of none
 ) -> str:                # "absent", "running", "interrupted", "failed" or "finished"
     "What run.json says."
-    file = Path(folder)/"run.json"
-    return read_json(file)["status"] if file.exists() else "absent"
-
-
-def info_of(
-    folder: str | Path,   # of a run
-) -> dict[str, Any]:      # its run.json
-    "What is written down about a run."
-    if status_of(folder) == "absent":
-        raise CheckpointError(expected="a run", found="no run.json", where=folder,
-                              remedy="Start one with `strlora run`.")
-    return read_json(Path(folder)/"run.json")
+    return info_of(folder)["status"] if (Path(folder)/"run.json").exists() else "absent"

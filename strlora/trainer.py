@@ -218,7 +218,7 @@ def check_finite(
         if not math.isfinite(value):
             raise TrainingError(expected=f"a finite {name}", found=value,
                                 where=f"chunk {run.chunk}, step {run.step + 1}",
-                                remedy="The last checkpoint is good; lower the rate or look at the data.")
+                                remedy="Look at the data of this step. If they are sound, start anew with a lower rate.")
     return numbers
 
 # %% ../nbs/11a_trainer.ipynb #b6180936
@@ -243,7 +243,8 @@ def add_up(
 def training_state(
     run: Trainer,     # at the end of a step or chunk
 ) -> dict[str, Any]:  # tree for `checkpoint.save`
-    "Position, optimizer, parts, random generators, and the rows of the chunk in progress."
+    "Position, optimizer, parts, random generators, and the rows of the chunk in progress; nothing that has diverged."
+    if run.parameters: check_finite(run, {"norm of parameters": torch.nn.utils.get_total_norm(run.parameters)})
     return {"position": {"chunk": run.chunk, "step": run.step, "total": run.total, "trained": run.trained},
             "optimizer": run.optimizer.state_dict(),
             "parts": {name: part.state_dict() for name, part in run.parts.items()},

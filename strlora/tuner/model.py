@@ -95,8 +95,9 @@ def check_complete(
     known = {key.removeprefix("base_model.model.") for key in state}
     own = [key for key in model.state_dict() if without_name(key, adapter)]
     missing = [key for key in own if key.removeprefix("base_model.model.") not in known]
-    if missing: raise CheckpointError(expected=f"{len(own)} tensors of the adapter", found=f"{len(own) - len(missing)}, without {missing[0]}",
-                                      where="adapter file", remedy="Load it with the settings it was saved with, or save it anew.")
+    if not missing: return
+    raise CheckpointError(expected=f"{len(own)} tensors of the adapter", found=f"{len(own) - len(missing)}, without {missing[0]}",
+                          where="adapter file", remedy="Load it with the settings it was saved with, or save it anew.")
 
 # %% ../../nbs/08c_tuner.ipynb #1938645f
 class StrLoraModel(StateMethods, BaseTuner):
