@@ -27,5 +27,5 @@ METHODS: dict[str, Method] = {
 def describe() -> list[dict[str, Any]]:  # one row a method
     "All methods as plain data."
     return [{"name": m.name, "summary": m.summary, "parts": [part for part, there in m.has().items() if there],
-             "settings": sources(m.settings)}
+             "memory": m.memory, "settings": sources(m.settings)}
             for m in METHODS.values()]
