@@ -182,7 +182,8 @@ def do_methods(args: argparse.Namespace) -> int:
     rows = describe()
     if args.json: print(json.dumps(rows, indent=1))
     else:
-        for row in rows: print(f"{row['name']:<18}{row['summary']}\n{'':<18}parts: {', '.join(row['parts']) or 'none'}")
+        for row in rows: print(f"{row['name']:<18}{row['summary']}\n{'':<18}parts: {', '.join(row['parts']) or 'none'}"
+                               f"{'; keeps samples of earlier chunks (memory)' if row['memory'] else ''}")
     return 0
 
 # %% ../nbs/15_cli.ipynb #22682196

@@ -59,6 +59,8 @@ class Objective(torch.nn.Module):
         labels = batch.pop("labels")
         out = self.model(**batch, use_cache=False)
         terms = {"lm": answer_loss(out.logits, labels) / max(tokens, 1)}
+        answers = (labels[:, 1:] != -100).sum() / max(tokens, 1)
         for part in self.parts.values():
-            terms |= {name: term * share for name, term in part.loss(self.run, batch, out).items()}
+            found = part.loss(self.run, {**batch, "labels": labels}, out)
+            terms |= {name: term * (answers if part.over_answers else share) for name, term in found.items()}
         return terms

@@ -193,7 +193,8 @@ def drive(
 ) -> Path:                      # the folder
     "Train, evaluate and write everything; the status in run.json always tells the truth."
     started, job = time.time() - before.get("seconds", 0), Job(spec)
-    info = {**provenance(spec), "parameters": job.parameters, "resumed": before.get("resumed", 0) + bool(before)}
+    info = {**provenance(spec), "parameters": job.parameters, "extra_samples": job.extra_samples,
+            "resumed": before.get("resumed", 0) + bool(before)}
     main = job.accelerator.is_main_process
     if main: note(folder, info, "running", started)
     if main: write_json(folder/"stream.json", job.stream.manifest())

@@ -23,7 +23,7 @@ from torch import Tensor
 from .checkpoint import load_adapter_state, random_state, set_random_state
 from .core import RecordError, TrainingError
 from .methods.base import Part
-from .objective import Objective
+from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak, plan
 from .spec import TrainConfig
 
@@ -122,6 +122,12 @@ class Trainer:
         made = self.collate(samples)
         if self.encode: made["features"] = torch.cat(list(self.encode(samples)))
         return send_to_device(made, self.accelerator.device)
+
+    def answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        "Cross entropy of all answers of a batch, summed; the parts of the method add nothing."
+        batch = with_features(batch)
+        labels = batch.pop("labels")
+        with self.accelerator.autocast(): return answer_loss(self.model(**batch, use_cache=False).logits, labels)
 
     def batches(self, chunk: Any) -> list[Callable[[], list[dict[str, Tensor]]]]:
         "For every step, a function that makes this process's forward passes."

@@ -16,6 +16,8 @@ from .base import AdapterSettings, Method, NoSettings, single_expert
 def pooled(
     stream: Any,                                # a `Stream` that gives length, tasks and test sets
     balanced: Callable[[int], Sequence[Any]],   # number per task → samples in equal numbers
+    settings: Any = None,                       # not read
+    seed: int = 0,                              # not read
 ) -> Any:                                       # a `Stream` of one chunk
     "The stream as one chunk with the same number of samples of every task."
     from strlora.data.stream import Chunk

@@ -11,21 +11,30 @@ from typing import Any
 from ..core import sources
 from .base import Method
 from .bounds import JOINT, ZERO_SHOT
+from .ewc import EWC
 from .lora import LORA
-from .strlora import RELEASED, STRLORA
+from .lwf import LWF
+from .olora import OLORA
+from .replay import REPLAY
+from .strlora import ABLATIONS, RELEASED, STRLORA
 
 # %% ../../nbs/13z_table.ipynb #5eedece7
 METHODS: dict[str, Method] = {
     "strlora": STRLORA,
     "strlora_released": RELEASED,
     "lora": LORA,
+    "ewc": EWC,
+    "lwf": LWF,
+    "replay": REPLAY,
+    "olora": OLORA,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
+    **{ablation.name: ablation for ablation in ABLATIONS},
 }
 
 # %% ../../nbs/13z_table.ipynb #ed4a2d85
 def describe() -> list[dict[str, Any]]:  # one row a method
     "All methods as plain data."
     return [{"name": m.name, "summary": m.summary, "parts": [part for part, there in m.has().items() if there],
-             "settings": sources(m.settings)}
+             "memory": m.memory, "settings": sources(m.settings)}
             for m in METHODS.values()]
