@@ -12,6 +12,8 @@ from ..core import sources
 from .base import Method
 from .bounds import JOINT, ZERO_SHOT
 from .lora import LORA
+from .moelora import MOELORA
+from .smolora import SMOLORA, SMOLORA_RELEASED
 from .strlora import RELEASED, STRLORA
 
 # %% ../../nbs/13z_table.ipynb #5eedece7
@@ -19,6 +21,9 @@ METHODS: dict[str, Method] = {
     "strlora": STRLORA,
     "strlora_released": RELEASED,
     "lora": LORA,
+    "moelora": MOELORA,
+    "smolora": SMOLORA,
+    "smolora_released": SMOLORA_RELEASED,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
 }
