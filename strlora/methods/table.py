@@ -14,8 +14,10 @@ from .bounds import JOINT, ZERO_SHOT
 from .ewc import EWC
 from .lora import LORA
 from .lwf import LWF
+from .moelora import MOELORA
 from .olora import OLORA
 from .replay import REPLAY
+from .smolora import SMOLORA, SMOLORA_RELEASED
 from .strlora import ABLATIONS, RELEASED, STRLORA
 
 # %% ../../nbs/13z_table.ipynb #5eedece7
@@ -27,6 +29,9 @@ METHODS: dict[str, Method] = {
     "lwf": LWF,
     "replay": REPLAY,
     "olora": OLORA,
+    "moelora": MOELORA,
+    "smolora": SMOLORA,
+    "smolora_released": SMOLORA_RELEASED,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
     **{ablation.name: ablation for ablation in ABLATIONS},

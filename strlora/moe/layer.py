@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGE1', 'NORMS', 'ROUTERS', 'BLIND', 'BANKS', 'Router', 'ConstantRouter', 'MoELinear', 'check_counts',
-           'check_choices', 'router_parameters', 'reset_router', 'Scorer', 'read_instruction', 'per_sample',
-           'TwoStageRouter', 'divergence', 'released']
+           'check_choices', 'router_parameters', 'reset_router', 'Scorer', 'read_instruction', 'TwoStageRouter',
+           'divergence', 'released']
 
 # %% ../../nbs/07_layer.ipynb #74f3af7c
 from collections.abc import Callable, Mapping
@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import SignalError, SpecError, unknown
+from ..core import SpecError, unknown
 from .experts import Experts, Routing, to_adapter
 from .regularization import Ema, masked_mean, routing_kl
 from .select import instruction_logits, straight_through, top_k_mask
-from .signal import Context
+from .signal import Context, per_sample
+from .token_router import TokenRouter
+from .two_groups import FusedExperts, TwoGroupRouter
 from .weigh import attention_logits, expert_keys, fold, subset_weights
 
 # %% ../../nbs/07_layer.ipynb #147fedb9
@@ -182,18 +184,6 @@ def read_instruction(
         query, keys = fold(weights["query"], keys, tokens)
     return Scorer(z, prior, query, keys)
 
-# %% ../../nbs/07_layer.ipynb #1f3c7d7e
-def per_sample(
-    hidden: Tensor,       # hidden states [b, t, d], or [b·t, d] with the tokens of a sample together
-    instruction: Tensor,  # instruction vectors [b, d_text]
-) -> Tensor:              # hidden states [b, t, d]
-    "One row of hidden states a sample; anything else is a `SignalError`."
-    b = instruction.shape[0]
-    if hidden.dim() == 3 and hidden.shape[0] == b: return hidden
-    if hidden.dim() == 2 and hidden.shape[0] % b == 0: return hidden.unflatten(0, (b, -1))
-    raise SignalError(expected=f"hidden states of {b} samples, [{b}, t, d] or [{b}·t, d]", found=tuple(hidden.shape),
-                      where="router", remedy="Give the instruction mask and the batch the same number of rows.")
-
 # %% ../../nbs/07_layer.ipynb #f717a416
 class TwoStageRouter(nn.Module):
     "Stage 1 selects experts by the instruction, stage 2 weighs them token by token, a slow copy keeps both steady."
@@ -297,9 +287,12 @@ def _constant(d_in: int, d_text: int, experts: int, **settings: Any) -> Constant
 ROUTERS: dict[str, Callable[..., Any]] = {  # name → (d_in, d_text, experts, **settings) → router
     "two_stage": TwoStageRouter,
     "constant": _constant,
+    "token": TokenRouter,
+    "two_groups": TwoGroupRouter,
 }
 
-BLIND = frozenset({"constant"})                   # routers that do without an instruction
+BLIND = frozenset({"constant", "token"})          # routers that do without an instruction
 BANKS: dict[str, Callable[..., Any]] = {          # name → (d_in, d_out, experts, rank, alpha, dropout, init, **settings) → experts
     "plain": Experts,
+    "fused": FusedExperts,
 }
