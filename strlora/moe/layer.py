@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core import SignalError, SpecError, unknown
 from .experts import Experts, Routing, to_adapter
+from .mean_router import MeanRouter
 from .regularization import Ema, masked_mean, routing_kl
 from .select import instruction_logits, straight_through, top_k_mask
 from .signal import Context
@@ -297,6 +298,7 @@ def _constant(d_in: int, d_text: int, experts: int, **settings: Any) -> Constant
 ROUTERS: dict[str, Callable[..., Any]] = {  # name → (d_in, d_text, experts, **settings) → router
     "two_stage": TwoStageRouter,
     "constant": _constant,
+    "mean": MeanRouter,
 }
 
 BLIND = frozenset({"constant"})                   # routers that do without an instruction
