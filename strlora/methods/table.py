@@ -12,6 +12,7 @@ from ..core import sources
 from .base import Method
 from .bounds import JOINT, ZERO_SHOT
 from .lora import LORA
+from .same import SAME
 from .strlora import RELEASED, STRLORA
 
 # %% ../../nbs/13z_table.ipynb #5eedece7
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     "strlora": STRLORA,
     "strlora_released": RELEASED,
     "lora": LORA,
+    "same": SAME,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
 }
