@@ -192,7 +192,8 @@ def train_step(
     values = check_finite(run, {name: accelerator.reduce(value, "sum") for name, value in terms.items()})
     norms = {f"grad_norm_{name}": float(accelerator.reduce(grad, "sum").norm()) for name, grad in grads.items()}
     norm = apply_step(run, share_of_peak)
-    return {"loss": sum(values.values()), **values, "grad_norm": norm, **norms,
+    told = {name: value for part in run.parts.values() for name, value in part.numbers().items()}
+    return {"loss": sum(values.values()), **values, "grad_norm": norm, **norms, **told,
             "lr": run.optimizer.param_groups[0]["lr"],
             "samples": int(samples), "tokens": int(tokens), "seconds": time.perf_counter() - start}
 

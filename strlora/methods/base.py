@@ -48,6 +48,10 @@ class Part:
 
     def chunk_end(self, run: Training) -> None: "After the last step of the chunk, before evaluation."
 
+    def numbers(self) -> dict[str, float]:
+        "What the row of the step just taken says beside loss and gradient."
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         "What a resumed run needs."
         return {}

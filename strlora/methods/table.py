@@ -17,6 +17,7 @@ from .lwf import LWF
 from .moelora import MOELORA
 from .olora import OLORA
 from .replay import REPLAY
+from .same import SAME
 from .smolora import SMOLORA, SMOLORA_RELEASED
 from .strlora import ABLATIONS, RELEASED, STRLORA
 
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "moelora": MOELORA,
     "smolora": SMOLORA,
     "smolora_released": SMOLORA_RELEASED,
+    "same": SAME,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
     **{ablation.name: ablation for ablation in ABLATIONS},

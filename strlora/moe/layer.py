@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core import SpecError, unknown
 from .experts import Experts, Routing, to_adapter
+from .mean_router import MeanRouter
 from .regularization import Ema, masked_mean, routing_kl
 from .select import instruction_logits, straight_through, top_k_mask
 from .signal import Context, per_sample
@@ -289,6 +290,7 @@ ROUTERS: dict[str, Callable[..., Any]] = {  # name → (d_in, d_text, experts, *
     "constant": _constant,
     "token": TokenRouter,
     "two_groups": TwoGroupRouter,
+    "mean": MeanRouter,
 }
 
 BLIND = frozenset({"constant", "token"})          # routers that do without an instruction
