@@ -70,6 +70,11 @@ class Method:
     update: Callable[[Any], Part] | None = None        # settings → update rule
     stream: Callable[..., Any] | None = None           # (stream, balanced, settings, seed) → another stream
     memory: bool = False                               # whether samples of earlier chunks are kept and seen again
+    weights: tuple[str, ...] = ()                      # settings that weigh its penalty terms; zero switches one off
+    knobs: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # setting → values tried beside its default
+    neighbour: str = "lora"                            # the method it is nearest to and must differ from; "": none
+    grows: str = ""                                    # how its state grows with the stream; "": it must not
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)    # part → what a table cannot read off the code
 
     def parts(self, settings: Any) -> dict[str, Part]:
         "Fresh parts for one run, by name."
