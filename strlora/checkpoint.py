@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TENSOR', 'TUPLE', 'PAIRS', 'FORMAT', 'ADAPTER', 'TENSORS', 'TREE', 'pack', 'unpack', 'random_state',
-           'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'exists', 'load', 'check_spec']
+           'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'exists', 'load', 'check_spec',
+           'differences']
 
 # %% ../nbs/11_checkpoint.ipynb #9a396bf4
 import random
@@ -189,11 +190,20 @@ def check_spec(
     ignore: tuple[str, ...] = (), # dotted settings that may differ
 ) -> None:
     "Refuse a checkpoint of another spec and name the settings that differ."
-    changed = {k: v for k, v in _differences(saved, wanted).items() if k not in ignore}
+    changed = differences(saved, wanted, ignore)
     if not changed: return
     listed = "; ".join(f"{k} is {now!r} here and {then!r} in the checkpoint" for k, (then, now) in changed.items())
     raise CheckpointError(f"a checkpoint of another spec: {listed}", where=where,
                           remedy="Resume with the run's own spec, or start anew elsewhere.")
+
+
+def differences(
+    saved: Mapping[str, Any],     # settings, nested
+    wanted: Mapping[str, Any],    # others
+    ignore: tuple[str, ...] = (), # dotted settings that may differ
+) -> dict[str, tuple[Any, Any]]:  # dotted setting → both values
+    "The settings in which two records differ."
+    return {k: v for k, v in _differences(saved, wanted).items() if k not in ignore}
 
 
 def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

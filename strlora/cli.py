@@ -10,7 +10,6 @@ __all__ = ['VERBS', 'parser', 'show_spec', 'do_run', 'build', 'do_resume', 'show
 import argparse
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,10 @@ from .core import StrLoraError
 from .request import add_run, add_studies, check_limit, spec_of
 
 # %% ../nbs/15_cli.ipynb #8765719f
+def _verb(verbs: Any, name: str, words: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
+
+
 def parser() -> argparse.ArgumentParser:
     "All verbs with their options."
     top = argparse.ArgumentParser(prog="strlora",
@@ -28,26 +31,26 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     add_run(verbs)
-    p = verbs.add_parser("resume", help="go on with a run that did not finish")
+    p = _verb(verbs, "resume", "go on with a run that did not finish")
     p.add_argument("run", metavar="RUN", help="folder of the run")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                    help="train.threads, train.save_every or train.grad_norm_every; nothing that moves a result")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     p.add_argument("--dry-run", action="store_true", help="say from where it would go on and stop")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
-    p = verbs.add_parser("eval", help="ask the trained model of a run again")
+    p = _verb(verbs, "eval", "ask the trained model of a run again")
     p.add_argument("run", metavar="RUN", help="folder of the run")
     p.add_argument("--split", choices=["proxy", "full", "both"], default="full", help="which questions (default: full)")
     p.add_argument("--limit", type=int, metavar="N", help="at most N questions a task; the run's answers stay as they are")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="eval.prompts or train.threads")
     p.add_argument("--dry-run", action="store_true", help="say what would be asked and stop")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
-    p = verbs.add_parser("report", help="MAP, MAF and final scores of runs, computed from their answers")
+    p = _verb(verbs, "report", "MAP, MAF and final scores of runs, computed from their answers")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     p.add_argument("--split", choices=["proxy", "full"], default="proxy", help="which answers (default: proxy)")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
     add_studies(verbs)
-    p = verbs.add_parser("methods", help="list the methods")
+    p = _verb(verbs, "methods", "list the methods")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
     return top
 
@@ -75,15 +78,18 @@ def do_run(args: argparse.Namespace) -> int:
         return 0
     _quiet()
     from strlora import runs
-    from strlora.folder import folder_of, status_of
+    from strlora.folder import folder_of, replacing, same_run, status_of
     folder = Path(args.out) if args.out else folder_of(spec, published)
     status = status_of(folder)
-    if args.again and status != "absent": shutil.rmtree(folder)
+    build(spec)
+    if args.again and status != "absent":
+        with replacing(folder): runs.start(spec, folder)
     elif status == "finished":
+        same_run(folder, spec)
         print(f"This run is finished. --again runs it anew, --out DIR runs it elsewhere. Folder: {folder}",
               file=sys.stderr)
-        return show_run(folder, args.json)
-    return show_run(runs.start(spec, folder), args.json)
+    else: runs.start(spec, folder)
+    return show_run(folder, args.json)
 
 
 def build(
@@ -164,8 +170,9 @@ def do_report(args: argparse.Namespace) -> int:
     loaded = [report.load_run(folder) for folder in args.runs]
     if args.json: print(report.summary_json(loaded, args.split))
     else:
+        side = report.to_text(report.compare(loaded, split=args.split)) if len(loaded) > 1 else ""
         for run in loaded: print(report.table(run, args.split), end="\n\n")
-        if len(loaded) > 1: print(report.to_text(report.compare(loaded, split=args.split)))
+        if side: print(side)
     return 0
 
 

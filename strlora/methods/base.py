@@ -107,8 +107,8 @@ def check_experts(
                         where="settings", remedy="Change one of them.")
     for name, k in (("top_k", top_k), ("sub_top_k", sub_top_k)):
         if k is not None and not 0 <= k <= num_experts:
-            raise SpecError(expected=f"at most num_experts = {num_experts}", found=k, where=f"settings: {name}",
-                            remedy=f"Lower {name}.")
+            raise SpecError(expected=f"a number from 0 to num_experts = {num_experts}", found=k, where=f"settings: {name}",
+                            remedy="Change the value.")
 
 # %% ../../nbs/13_methods.ipynb #3894cd88
 def check_number(

@@ -41,7 +41,7 @@ def check_range(
     if number and value >= low and (high is None or value <= high) and (not whole or value == int(value)): return
     kind = "a whole number" if whole else "a number"
     limits = f"of at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-    raise SpecError(expected=f"{kind} {limits}", found=repr(value), where=f"StrLoraConfig.{name}")
+    raise SpecError(expected=f"{kind} {limits}", found=repr(value), where=f"StrLoraConfig.{name}", remedy="Change the value.")
 
 
 def check_choice(
