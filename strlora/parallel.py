@@ -25,7 +25,8 @@ from .core import CheckpointError, SpecError, read_json
 from .folder import PACKAGE, folder_of, info_of, status_of
 from .methods.table import METHODS
 from .request import asked
-from .runs import Interrupted, clock
+from .progress import clock
+from .runs import Interrupted
 from .spec import EXECUTION, RunSpec, as_dict, flat
 
 # %% ../nbs/14b_parallel.ipynb #54ffd04c
