@@ -11,6 +11,7 @@ from typing import Any
 from ..core import sources
 from .base import Method
 from .bounds import JOINT, ZERO_SHOT
+from .branchlora import BRANCHLORA
 from .lora import LORA
 from .strlora import RELEASED, STRLORA
 
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     "strlora": STRLORA,
     "strlora_released": RELEASED,
     "lora": LORA,
+    "branchlora": BRANCHLORA,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
 }

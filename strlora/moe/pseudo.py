@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/07d_pseudo_tasks.ipynb #362a6ff5
+# %% ../../nbs/07d_pseudo_tasks.ipynb #bf2560ec
 def seeds(
     units: Tensor,      # unit vectors, all different [n, d]
     counts: Tensor,     # how often each occurs [n]
@@ -22,7 +22,8 @@ def seeds(
     room: int,          # how many may begin
 ) -> list[int]:         # rows that begin a pseudo-task, the one with most rows around it first
     "Greedy cover of the rows that no centroid knows."
-    near, chosen = units @ units.T >= threshold, []
+    near = units @ units.T >= threshold
+    chosen: list[int] = []
     known = (units @ centroids.T >= threshold).any(1)
     while len(chosen) < room and not known.all():
         around = (near & ~known).to(units) @ counts.to(units)
