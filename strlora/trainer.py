@@ -26,6 +26,7 @@ from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak, plan
 from .spec import TrainConfig
+from .tuner.root import instruction_of
 
 # %% ../nbs/11a_trainer.ipynb #d18cea2c
 class Watcher:
@@ -122,6 +123,12 @@ class Trainer:
         made = self.collate(samples)
         if self.encode: made["features"] = torch.cat(list(self.encode(samples)))
         return send_to_device(made, self.accelerator.device)
+
+    def instructions(self, samples: Sequence[Any]) -> Tensor:
+        "The instruction vectors of these samples, by the frozen input embeddings alone [n, d]."
+        parts = [self.collate(samples[i:i + self.config.batch_size]) for i in range(0, len(samples), self.config.batch_size)]
+        pairs = send_to_device([(part["instruction_mask"], part["input_ids"]) for part in parts], self.accelerator.device)
+        return torch.cat([instruction_of(self.model, mask, ids, None) for mask, ids in pairs])
 
     def answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
         "Cross entropy of all answers of a batch, summed; the parts of the method add nothing."

@@ -24,6 +24,8 @@ class Training(Protocol):
     step: int              # optimizer steps done in this chunk
     samples: Any           # of the current chunk, still in memory when it ends
     batch: Any             # some samples → a batch as a training step gets it
+    collate: Any           # some samples → a batch without image features
+    instructions: Any      # some samples → their instruction vectors [n, d]
     answer_loss: Any       # a batch → -log p of its answers, summed, without the parts of the method
     seed: int              # of the run
     accelerator: Any       # the processes that train together

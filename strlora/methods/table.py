@@ -11,6 +11,7 @@ from typing import Any
 from ..core import sources
 from .base import Method
 from .bounds import JOINT, ZERO_SHOT
+from .branchlora import BRANCHLORA
 from .ewc import EWC
 from .lora import LORA
 from .lwf import LWF
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "smolora": SMOLORA,
     "smolora_released": SMOLORA_RELEASED,
     "same": SAME,
+    "branchlora": BRANCHLORA,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
     **{ablation.name: ablation for ablation in ABLATIONS},
