@@ -192,4 +192,5 @@ def _align(settings: BranchLoraSettings) -> Alignment: return Alignment(settings
 
 
 BRANCHLORA = Method("branchlora", "branches on a shared trunk, a router a pseudo-task, the most used branches frozen", BranchLoraSettings,
-                    adapter=branchlora_adapter, penalty=_align, update=Branching)
+                    adapter=branchlora_adapter, penalty=_align, update=Branching, weights=("settings.align_weight",),
+                    knobs={"settings.freeze_k": (0, 1), "settings.threshold": (0.8,)})

@@ -121,4 +121,5 @@ class OnePair(Part):
 
 # %% ../../nbs/13g_olora.ipynb #50cc04d7
 OLORA = Method("olora", "a new low-rank pair for every chunk, orthogonal to the earlier ones", OLoraSettings, adapter=olora_adapter,
-               penalty=Orthogonality, update=lambda settings: OnePair())
+               penalty=Orthogonality, update=lambda settings: OnePair(), weights=("settings.olora_weight",),
+               knobs={"settings.olora_weight": (0.05, 5.0)})

@@ -153,4 +153,4 @@ def rehearsed(
 
 # %% ../../nbs/13f_replay.ipynb #412ee2eb
 REPLAY = Method("replay", "LoRA that sees samples of earlier chunks again", ReplaySettings, adapter=single_expert,
-                stream=rehearsed, memory=True)
+                stream=rehearsed, memory=True, knobs={"settings.replay_share": (0.1, 0.5)})
