@@ -43,10 +43,23 @@ METHODS = {   # name: what readers call it, colour, dash
     "strlora": ("StrLoRA", "#0b5394", "-"),
     "strlora_released": ("StrLoRA, released", "#56a5dd", (0, (4, 1.4))),
     "lora": ("LoRA", "#d5680b", "-"),
+    "ewc": ("EWC", "#0f8a6c", "-"),
+    "lwf": ("LwF", "#4f8a10", (0, (6, 1.5))),
+    "replay": ("replay (memory)", "#b8578f", "-"),
+    "olora": ("O-LoRA", "#8a5a3c", (0, (6, 1.5))),
+    "moelora": ("MoELoRA", "#6b4fa0", "-"),
+    "smolora": ("SMoLoRA", "#c79a00", "-"),
+    "smolora_released": ("SMoLoRA, untrained gates", "#dfc05e", (0, (4, 1.4))),
+    "same": ("SAME", "#c0392b", "-"),
+    "branchlora": ("BranchLoRA", "#1c7c8c", (0, (3, 1, 1, 1))),
     "joint": ("joint training", "#30363c", (0, (1, 1.2))),
     "zero_shot": ("zero-shot", "#9aa3ab", (0, (1, 2.2))),
+    "strlora_select": ("StrLoRA, select only", "#3d78b8", (0, (2, 1))),
+    "strlora_weigh": ("StrLoRA, weigh only", "#7a9cc6", (0, (3, 1, 1, 1))),
+    "strlora_no_reg": ("StrLoRA, no regularizer", "#2f5f8f", (0, (6, 1.5))),
+    "strlora_frozen": ("StrLoRA, frozen stage 1", "#8fb3d9", (0, (6, 2, 1, 2))),
 }
-SPARE = ("#0f8a6c", "#b8578f", "#c79a00", "#6b4fa0", "#8a5a3c", "#4f8a10")
+SPARE = ("#127a5f", "#a34c7e", "#a98400", "#5a4289", "#74492f", "#41740c")
 DASHES = ((0, (6, 1.5)), (0, (3, 1, 1, 1)), (0, (2, 1)))
 SEA = ("#f4f8f4", "#c3e4d3", "#63b9b4", "#2380a6", "#134a80", "#0b2347")   # light to dark
 HEAT = mpl.colors.LinearSegmentedColormap.from_list("strlora", SEA)
