@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The mini study: learning rates on a tuning seed, then three reporting seeds of every method.
-# One run takes 4 to 6 minutes on one core; give JOBS=2 on two cores. Finished runs are kept, interrupted ones resume.
+# The mini study: learning rates and two variants on tuning seeds, then three reporting seeds on both streams.
+# A run takes 3 to 6 minutes on one core, one thread each; JOBS=2 uses two cores. Finished runs are kept, interrupted ones resume.
+# `strlora tune` and `strlora compare` do the same for every method, with more settings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 JOBS=${JOBS:-1}
@@ -8,18 +9,28 @@ export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
 once() {  # FOLDER ARGUMENTS...: run, or resume what is there
     local folder=$1; shift
-    if [ ! -e "$folder/run.json" ]; then strlora run "$@" --threads 1
+    if [ ! -e "$folder/run.json" ]; then strlora run "$@"
     elif ! grep -q '"status": "finished"' "$folder/run.json"; then strlora resume "$folder"; fi
 }
 export -f once
+plain="--set stream.chunk_size=400 --set eval.every=5 --set routing_every=0"
 
-{   # about half an hour: which of two rates, the same two for every method (results/mini/rates.csv)
-    for lr in 1e-3 2e-3; do for method in lora strlora joint; do
-        out=scratch/rates/$method-$lr
-        echo "once $out --method $method --seed 100 --set lr=$lr --set lr_later=$lr --set eval.every=5 --set routing_every=0 --out $out"
+{   # about an hour of one core: the same three rates for every method, on a seed that is reported nowhere
+    for lr in 5e-4 1e-3 2e-3; do for method in lora strlora joint; do
+        out=scratch/rates/$method-$lr-100
+        echo "once $out --method $method --seed 100 --set lr=$lr --set lr_later=$lr $plain --out $out"
     done; done
-    # about two hours: the reporting seeds (results/mini/<stream>/<method>/seed<n>, from a clean commit)
-    for stream in windows strcvit; do for seed in 0 1 2; do for method in lora joint strlora zero_shot strlora_released; do
+    # how stage 1 is trained
+    for seed in 100 101; do for stage1 in prior straight_through frozen; do
+        [ $stage1-$seed = prior-100 ] && continue  # it is among the rates
+        out=scratch/rates/stage1-$stage1-$seed
+        echo "once $out --seed $seed --set stage1=$stage1 $plain --out $out"
+    done; done
+} | xargs -P "$JOBS" -I{} bash -c '{}'
+strlora report scratch/rates/*/ --json > results/mini/rates.json
+
+{   # about two hours of one core: the reporting seeds (results/mini/<stream>/<method>/seed<n>, from a clean commit)
+    for stream in windows strcvit; do for seed in 0 1 2; do for method in lora joint strlora zero_shot; do
         echo "once results/mini/$stream/$method/seed$seed experiments/mini/$stream/$method.toml --seed $seed"
     done; done; done
 } | xargs -P "$JOBS" -I{} bash -c '{}'

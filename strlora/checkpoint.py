@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TENSOR', 'TUPLE', 'PAIRS', 'FORMAT', 'ADAPTER', 'TENSORS', 'TREE', 'pack', 'unpack', 'random_state',
-           'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'exists', 'load', 'check_spec']
+           'set_random_state', 'adapter_state', 'load_adapter_state', 'save', 'exists', 'load', 'check_spec',
+           'differences']
 
 # %% ../nbs/11_checkpoint.ipynb #9a396bf4
-import errno
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,18 +127,22 @@ def save(
 ) -> None:
     "Write a checkpoint; the previous one stays until the new one is complete."
     plain, tensors = pack(state)
-    with atomic_folder(folder) as new:
-        if hasattr(model, "peft_config"):
-            _write(adapter_state(model), new/ADAPTER)
-            model.peft_config[model.active_adapter].save_pretrained(new)
-        _write(tensors, new/TENSORS)
-        write_json(new/TREE, {"format": FORMAT, "spec": spec, "state": plain})
+    try:
+        with atomic_folder(folder) as new:
+            if hasattr(model, "peft_config"):
+                save_file(adapter_state(model), new/ADAPTER, metadata={"format": "pt"})
+                model.peft_config[model.active_adapter].save_pretrained(new)
+            save_file(tensors, new/TENSORS, metadata={"format": "pt"})
+            write_json(new/TREE, {"format": FORMAT, "spec": spec, "state": plain})
+    except (OSError, SafetensorError) as error: raise _unwritten(error, Path(folder)) from error
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    "Write a safetensors file; what the library says of a full disk is an OSError like any other."
-    try: save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error: raise OSError(errno.EIO, f"{error} (is the disk full?)", str(path)) from error
+def _unwritten(error: Exception, folder: Path) -> CheckpointError:
+    "The error for a checkpoint that could not be written, and what there is in its place."
+    kept = exists(folder)
+    go_on = f"The one before it is whole: go on with: strlora resume {folder.parent}" if kept else "There is none before it: start again."
+    return CheckpointError(expected="room for a checkpoint", found=str(error), where=folder,
+                           remedy=f"Make room on the disk. {go_on}")
 
 
 def exists(
@@ -159,10 +163,10 @@ def load(
     if not exists(folder): raise CheckpointError(expected="a checkpoint", found="no such folder", where=folder,
                                                   remedy="Start the run anew.")
     tree = read_json(folder/TREE)
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise CheckpointError(expected=f"format {FORMAT}",
-                              found=tree.get("format") if isinstance(tree, dict) else type(tree).__name__,
-                              where=folder/TREE, remedy="Use the version of the package that wrote it.")
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not {"spec", "state"} <= tree.keys():
+        raise CheckpointError(expected=f"format {FORMAT} with spec and state",
+                              found=sorted(tree) if isinstance(tree, dict) else type(tree).__name__,
+                              where=folder/TREE, remedy="Use the version of the package that wrote it, or start the run anew.")
     if spec is not None: check_spec(tree["spec"], spec, folder, ignore)
     adapter = _tensors(folder/ADAPTER) if (folder/ADAPTER).exists() else {}
     try: return adapter, unpack(tree["state"], _tensors(folder/TENSORS))
@@ -186,11 +190,20 @@ def check_spec(
     ignore: tuple[str, ...] = (), # dotted settings that may differ
 ) -> None:
     "Refuse a checkpoint of another spec and name the settings that differ."
-    changed = {k: v for k, v in _differences(saved, wanted).items() if k not in ignore}
+    changed = differences(saved, wanted, ignore)
     if not changed: return
     listed = "; ".join(f"{k} is {now!r} here and {then!r} in the checkpoint" for k, (then, now) in changed.items())
     raise CheckpointError(f"a checkpoint of another spec: {listed}", where=where,
                           remedy="Resume with the run's own spec, or start anew elsewhere.")
+
+
+def differences(
+    saved: Mapping[str, Any],     # settings, nested
+    wanted: Mapping[str, Any],    # others
+    ignore: tuple[str, ...] = (), # dotted settings that may differ
+) -> dict[str, tuple[Any, Any]]:  # dotted setting → both values
+    "The settings in which two records differ."
+    return {k: v for k, v in _differences(saved, wanted).items() if k not in ignore}
 
 
 def _differences(a: Any, b: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

@@ -168,7 +168,9 @@ def atomic_folder(
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file(): _flush(file)
+            if not file.is_file(): continue
+            file.chmod(0o666 & ~_umask())  # some libraries write files that only their owner can read
+            _flush(file)
         temporary.chmod(0o777 & ~_umask())
         if path.exists(): os.replace(path, old)
         os.replace(temporary, path)

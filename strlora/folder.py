@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'hardware', 'provenance', 'parameter_counts',
-           'write_rows', 'merge_rows', 'finish', 'status_of', 'info_of']
+           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'same_run', 'replacing']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
+import contextlib
 import functools
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ import pyarrow.parquet as pq
 import torch
 
 from . import checkpoint
-from .core import CheckpointError, atomic_file, read_json
-from .spec import RunSpec, as_dict, digest
+from .core import CheckpointError, SpecError, atomic_file, read_json
+from .spec import EXECUTION, RunSpec, as_dict, digest
 
 # %% ../nbs/14a_folder.ipynb #efb7523e
 SCHEMA = 1
@@ -51,9 +52,9 @@ def folder_of(
     root: str | Path = ".",    # where results/ and scratch/ are
 ) -> Path:
     "results/ for a clean commit and a published spec, scratch/ for all else."
-    _, dirty = commit()
-    path = Path(root)/("results" if published and not dirty else "scratch")/spec.scale/spec.stream.name/spec.method
-    mark = digest(spec) if not published else ""
+    clean = published and not commit()[1]
+    path = Path(root)/("results" if clean else "scratch")/spec.scale/spec.stream.name/spec.method
+    mark = "" if clean else digest(spec)
     return path/(f"seed{spec.seed}-{mark}" if mark else f"seed{spec.seed}")
 
 # %% ../nbs/14a_folder.ipynb #7494a3cd
@@ -122,19 +123,58 @@ def finish(
     shutil.rmtree(folder/".parts.done")
 
 # %% ../nbs/14a_folder.ipynb #1dccd4a4
+def info_of(
+    folder: str | Path,   # of a run
+) -> dict[str, Any]:      # its run.json
+    "What is written down about a run; a file that does not describe one is a `CheckpointError`."
+    file = Path(folder)/"run.json"
+    if not file.exists():
+        raise CheckpointError(expected="a run", found="no run.json", where=folder, remedy="Start one with `strlora run`.")
+    info = read_json(file)
+    kinds = {"status": str, "method": str, "spec": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(info, dict) or not isinstance(info.get(k), kind) or not info[k]]
+    if wrong:
+        raise CheckpointError(expected=f"{', '.join(kinds)} of a run", found=f"no {', no '.join(wrong)}", where=file,
+                              remedy="Restore the file, or start the run anew in another folder.")
+    return info
+
+
 def status_of(
     folder: str | Path,  # of a run, or of none
 ) -> str:                # "absent", "running", "interrupted", "failed" or "finished"
     "What run.json says."
-    file = Path(folder)/"run.json"
-    return read_json(file)["status"] if file.exists() else "absent"
+    return info_of(folder)["status"] if (Path(folder)/"run.json").exists() else "absent"
+
+# %% ../nbs/14a_folder.ipynb #baa58f8b
+def same_run(
+    folder: Path,   # of a run
+    spec: RunSpec,  # asked for
+) -> None:
+    "A `CheckpointError` with the settings that differ, unless this run is the one that is asked for."
+    changed = checkpoint.differences(info_of(folder)["spec"], as_dict(spec), EXECUTION)
+    if not changed: return
+    listed = "; ".join(f"{k} is {now!r} here and {then!r} in that run" for k, (then, now) in changed.items())
+    raise CheckpointError(f"a run of another spec: {listed}", where=folder,
+                          remedy="--again runs it anew, --out DIR runs it elsewhere.")
 
 
-def info_of(
-    folder: str | Path,   # of a run
-) -> dict[str, Any]:      # its run.json
-    "What is written down about a run."
-    if status_of(folder) == "absent":
-        raise CheckpointError(expected="a run", found="no run.json", where=folder,
-                              remedy="Start one with `strlora run`.")
-    return read_json(Path(folder)/"run.json")
+@contextlib.contextmanager
+def replacing(
+    folder: Path,  # of a run
+) -> Iterator[None]:
+    "Move a run aside; it is removed once the block has begun another, and comes back if the block fails before."
+    known = {"run.json", "stream.json", "checkpoint", "parts", ".parts.done"}
+    foreign = [p.name for p in folder.iterdir() if p.name not in known and p.suffix not in (".parquet", ".png")
+               and ".checkpoint." not in p.name]
+    if foreign:
+        raise SpecError(expected="nothing but a run", found=foreign[0], where=folder,
+                        remedy="Move it elsewhere, or choose another folder with --out.")
+    old = folder.with_name(f".{folder.name}.before")
+    if old.exists(): shutil.rmtree(old)
+    os.replace(folder, old)
+    try: yield
+    finally:
+        if (folder/"run.json").exists(): shutil.rmtree(old)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(old, folder)

@@ -119,28 +119,28 @@ class Job:
         self.encode = image_encoder(self.model, spec)
         self.collate = Collator(self.processor, images=self.encode is None)
         self.trains = self.method.adapter is not None
-        self.prepared: dict[str, list[Prompts]] = {}
+        self.prepared: dict[tuple[str, int | None], list[Prompts]] = {}
         self.parameters = parameter_counts(self.model)
         self.extra_samples = samples_of(self.seen) - samples_of(self.stream) if self.method.memory else 0
         if self.trains:
             self.trainer = Trainer(self.model, self.collate, spec.train, self.method.parts(spec.settings), spec.seed,
                                    self.encode, self.accelerator)
 
-    def questions(self, split: str) -> list[Prompts]:
-        "The test prompts of a split, prepared once."
-        if split in self.prepared: return self.prepared[split]
-        sets = self.stream.tests.values()
-        samples = [s for t in sets for s in (t.samples if split == "full" else [t.samples[i] for i in t.proxy])]
-        self.prepared[split] = prepare(samples, self.collate, self.encode, self.spec.eval.prompts)
-        return self.prepared[split]
+    def questions(self, split: str, limit: int | None = None) -> list[Prompts]:
+        "The test prompts of a split, at most `limit` of a task, prepared once."
+        if (split, limit) in self.prepared: return self.prepared[split, limit]
+        places = {task: range(len(t.samples)) if split == "full" else t.proxy for task, t in self.stream.tests.items()}
+        samples = [self.stream.tests[task].samples[i] for task, found in places.items() for i in found[:limit]]
+        self.prepared[split, limit] = prepare(samples, self.collate, self.encode, self.spec.eval.prompts)
+        return self.prepared[split, limit]
 
     def decode(self, ids: list[list[int]]) -> list[str]:
         "Token ids as texts."
         return self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def ask(self, split: str, after_chunk: int) -> list[dict[str, Any]]:
-        "Answers of the model as it is."
-        return evaluate(self.model, self.questions(split), self.decode, after_chunk, split, self.accelerator)
+    def ask(self, split: str, after_chunk: int, limit: int | None = None) -> list[dict[str, Any]]:
+        "Answers of the model as it is, to at most `limit` questions of a task."
+        return evaluate(self.model, self.questions(split, limit), self.decode, after_chunk, split, self.accelerator)
 
     def route(self, after_chunk: int) -> list[dict[str, Any]]:
         "How the proxies are routed; nothing for a method without a choice of experts."

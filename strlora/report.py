@@ -62,7 +62,8 @@ def _title(run: Run, split: str, scores: pd.DataFrame) -> str:
 
 
 def _verdict(run: Run, split: str) -> str:
-    shown = {name: f"{name} {'–' if np.isnan(value) else format(value, '.1f')}" for name, value in metrics(run, split).items()}
+    shown = {name: f"{name} {'–' if np.isnan(value) else format(round(value, 1) + 0.0, '.1f')}"  # never -0.0
+             for name, value in metrics(run, split).items()}
     lines = ("MAP", "MAF", "final AP", "zero-shot floor"), ("retention gap", "reinforcement gain", "first-exposure gain")
     return "\n".join("   ".join(shown[name] for name in line) for line in lines)
 
@@ -71,15 +72,18 @@ def metrics(
     run: Run,                # a loaded run
     split: str = "proxy",    # "proxy" | "full"
 ) -> dict[str, float]:       # metric name -> points of 100, not a number where the run cannot tell
-    "All metrics of one run."
-    return measure(run.scores(split), run.counts, run.definition(split))
+    "All metrics of one run; a run that was asked at one point of its stream has no mean over it."
+    scores = run.scores(split)
+    found = measure(scores, run.counts, run.definition(split))
+    if sum(k > 0 for k in scores.index) == 1 < len(run.counts): found["MAP"] = np.nan
+    return found
 
 # %% ../nbs/16_report.ipynb #dc1394cc
 def _text(value: Any, digits: int, column: Any = "") -> str:
     "A cell: a dash for nothing, p values to three digits."
     if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value): return "–"
     if isinstance(value, float) and str(column).startswith("p ("): return "<0.001" if value < 0.001 else f"{value:.3f}"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)   # never -0.0
 
 
 def to_markdown(
@@ -205,8 +209,8 @@ def compare(
     rows = []
     for name in names:
         for label, group in groups.items():
-            low, high = interval([drawn[label][key][name] for key in group])
             mean = np.mean([point[label][k][name] for k in group])
+            low, high = (np.nan, np.nan) if np.isnan(mean) else interval([drawn[label][key][name] for key in group])
             row = {"metric": name, "method": label, "seeds": len(group), "mean": mean, "low": low, "high": high}
             if reference is not None and label != reference: row |= _difference(name, label, reference, groups, drawn, point, split)
             rows.append(row)
@@ -224,8 +228,8 @@ def _difference(name, label, reference, groups, drawn, point, split) -> dict[str
         if {t: set(f.columns) for t, f in a.items()} != {t: set(f.columns) for t, f in b.items()}:
             raise SpecError("runs of one seed answered different questions", where=groups[label][key].folder,
                             remedy="Compare runs of the same stream with test sets of the same size.")
-    if not shared: return {"pairs": 0}
     d = [point[label][k][name] - point[reference][k][name] for k in shared]
+    if not shared or np.isnan(d).any(): return {"pairs": 0}
     low, high = interval([drawn[label][k][name] - drawn[reference][k][name] for k in shared])
     return {"pairs": len(shared), "difference": np.mean(d), "d low": low, "d high": high,
             "p (t)": paired_t(d)[1], "p (signs)": sign_flip(d)}

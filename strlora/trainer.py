@@ -26,6 +26,7 @@ from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak, plan
 from .spec import TrainConfig
+from .tuner.root import instruction_of
 
 # %% ../nbs/11a_trainer.ipynb #d18cea2c
 class Watcher:
@@ -122,6 +123,12 @@ class Trainer:
         made = self.collate(samples)
         if self.encode: made["features"] = torch.cat(list(self.encode(samples)))
         return send_to_device(made, self.accelerator.device)
+
+    def instructions(self, samples: Sequence[Any]) -> Tensor:
+        "The instruction vectors of these samples, by the frozen input embeddings alone [n, d]."
+        parts = [self.collate(samples[i:i + self.config.batch_size]) for i in range(0, len(samples), self.config.batch_size)]
+        pairs = send_to_device([(part["instruction_mask"], part["input_ids"]) for part in parts], self.accelerator.device)
+        return torch.cat([instruction_of(self.model, mask, ids, None) for mask, ids in pairs])
 
     def answer_loss(self, batch: dict[str, Tensor]) -> Tensor:
         "Cross entropy of all answers of a batch, summed; the parts of the method add nothing."
@@ -225,7 +232,7 @@ def check_finite(
         if not math.isfinite(value):
             raise TrainingError(expected=f"a finite {name}", found=value,
                                 where=f"chunk {run.chunk}, step {run.step + 1}",
-                                remedy="The last checkpoint is good; lower the rate or look at the data.")
+                                remedy="Look at the data of this step. If they are sound, start anew with a lower rate.")
     return numbers
 
 # %% ../nbs/11a_trainer.ipynb #b6180936
@@ -250,7 +257,8 @@ def add_up(
 def training_state(
     run: Trainer,     # at the end of a step or chunk
 ) -> dict[str, Any]:  # tree for `checkpoint.save`
-    "Position, optimizer, parts, random generators, and the rows of the chunk in progress."
+    "Position, optimizer, parts, random generators, and the rows of the chunk in progress; nothing that has diverged."
+    if run.parameters: check_finite(run, {"norm of parameters": torch.nn.utils.get_total_norm(run.parameters)})
     return {"position": {"chunk": run.chunk, "step": run.step, "total": run.total, "trained": run.trained},
             "optimizer": run.optimizer.state_dict(),
             "parts": {name: part.state_dict() for name, part in run.parts.items()},

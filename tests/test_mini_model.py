@@ -1,4 +1,5 @@
 "The mini model: tower, tokenizer, processor, saving, generation, and the base that ships with the package."
+import hashlib
 import sys
 from pathlib import Path
 
@@ -176,8 +177,18 @@ def test_base_describes_new_pictures(base):
     assert np.mean(true) >= 0.8
 
 
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_tower_is_the_one_that_its_note_describes():
+    folder = mini.ASSETS / "tower"
+    assert sha256(folder / "model.safetensors") in (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_record_of_the_base_names_its_making():
     from strlora.core import read_json
 
     record = read_json(mini.ASSETS / "base" / "training.json")
+    assert record["weights"] == sha256(mini.ASSETS / "base" / "model.safetensors")
     assert set(record) >= {"plan", "sha256", "command", "seconds", "loss", "torch", "threads"} and record["loss"][-1] < record["loss"][0] / 10

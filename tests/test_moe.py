@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from strlora.core import SignalError, SpecError
 from strlora.moe.experts import Experts
-from strlora.moe.layer import ROUTERS, ConstantRouter, MoELinear, TwoStageRouter, released
+from strlora.moe.layer import BLIND, ROUTERS, ConstantRouter, MoELinear, TwoStageRouter, released
 from strlora.moe.signal import Context, Penalties, pool_instruction
 
 D_IN, D_OUT, D_TEXT, E, B, T = 32, 24, 20, 4, 3, 7
@@ -492,8 +492,11 @@ def test_pooling_does_not_see_padding():
 
 
 def test_table_of_routers():
+    x, instruction = inputs()
+    context = Context(instruction, prompt=torch.ones(B, T, dtype=torch.bool))
     for name, build in ROUTERS.items():
         router = build(D_IN, D_TEXT, E, **(released() if name in ("two_stage", "constant") else {}))
-        routing = router(*inputs()[:1], Context(inputs()[1], prompt=torch.ones(B, T, dtype=torch.bool)))
-        assert routing.weights.shape[-1] == E and router.frozen_names <= {"text_router"}
+        routing = router(x, context)
+        assert routing.weights.shape[-1] == E and router.frozen_names <= {n for n, _ in router.named_parameters()}
+        assert router.reads_instruction == (name not in BLIND)
         router.update_ema()

@@ -1,4 +1,4 @@
-"""The released preset against arrays of the official layer.
+"""The released preset, MoELoRA and SMoLoRA against arrays of the official layers.
 
 Every `.npz` in `tests/oracle/` and in the folder named by `STRLORA_ORACLE_DIR` is a case. What a file is follows from its
 keys, not from its name, except that `_onetoken` and `_onesample` mark inputs on which the official code leaves out experts
@@ -14,6 +14,8 @@ import torch
 from strlora.moe.experts import Experts
 from strlora.moe.layer import MoELinear, TwoStageRouter, released
 from strlora.moe.signal import Context, Penalties, pool_instruction
+from strlora.moe.token_router import TokenRouter
+from strlora.moe.two_groups import FusedExperts, TwoGroupRouter
 
 FOLDERS = [Path(__file__).parent / "oracle", *(Path(f) for f in [os.environ.get("STRLORA_ORACLE_DIR")] if f)]
 FILES = sorted({f.resolve() for folder in FOLDERS for f in folder.glob("*.npz")}, key=lambda f: (f.stem, f))
@@ -32,10 +34,20 @@ def load(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file: return {k: file[k] for k in file}
 
 
+def every_file(name: str):
+    "A case for each file of a kind."
+    files = [f for f in FILES if kind(load(f)) == name]
+    return pytest.mark.parametrize("path", files, ids=lambda p: p.stem)
+
+
+def settings_of(a: dict[str, np.ndarray]) -> dict[str, float]:
+    return {k[4:]: v.item() for k, v in a.items() if k.startswith("cfg/")}
+
+
 def build(a: dict[str, np.ndarray], dtype=torch.float32) -> tuple[MoELinear, torch.Tensor, Context]:
     "The layer, its input and its context as a file describes them."
     t = lambda key: torch.tensor(a[key], dtype=dtype)
-    cfg = {k[4:]: v.item() for k, v in a.items() if k.startswith("cfg/")}
+    cfg = settings_of(a)
     x, e = t("in/x").requires_grad_(), cfg["experts"]
     router = TwoStageRouter(x.shape[-1], a["in/text_embeds"].shape[-1], e, **released(
         top_k=cfg["topk"], sub_top_k=cfg["subtopk"], attention_dim=cfg["attn_proj_dim"], temperature=cfg["tau"],
@@ -85,14 +97,13 @@ def check_gradients(layer, x, loss, a, prefix, skip_router) -> None:
     elif f"{prefix}x" not in a: assert grads["x"] is None or not grads["x"].any(), f"{prefix}x should have no gradient"
 
 
-def test_files_are_here():
-    assert [f for f in FILES if kind(load(f)) == "strlora"]
+def test_files_are_here_and_each_has_a_test():
+    assert {kind(load(f)) for f in FILES} == {"strlora", "moelora", "smolora"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+@every_file("strlora")
 def test_released_reproduces(path):
     a = load(path)
-    if kind(a) != "strlora": pytest.skip(f"a {kind(a)} file: that method is not part of the package yet")
     layer, x, context = build(a)
     skip_router = path.stem.endswith(("_onetoken", "_onesample"))
     assert layer.router.frozen_names == ({"text_router"} if a["cfg/subtopk"] > 0 else frozenset())
@@ -116,3 +127,94 @@ def test_released_reproduces(path):
         layer.router.update_ema()
         for key in (k for k in a if k.startswith("ema_after/")):
             close(layer.router.ema[NAMES[key.split("/")[1]]], a[key], 1e-6, key)
+
+
+# ---------------------------------------------------------------- the baselines
+
+
+def baseline(a: dict[str, np.ndarray], experts: Experts, router: torch.nn.Module) -> tuple[MoELinear, torch.Tensor, dict]:
+    "The layer, its input, and for each array of weights our parameter and the rows of it."
+    t = lambda key: torch.tensor(a[key])
+    base = torch.nn.Linear(a["w/base"].shape[1], a["w/base"].shape[0], bias=False)
+    layer, whole = MoELinear(base, experts, router), slice(None)
+    own = {"base": (base.weight, whole), "lora_A": (experts.A, whole), "lora_B": (experts.B, whole)}
+    if isinstance(router, TokenRouter): own |= {"token_router": (router.token_router, whole)}
+    else: own |= {"vu_gate": (router.visual_gate, whole), "ins_gate": (router.instruction_gate, whole),
+                  "fuse_vu": (experts.fuse, slice(0, 1)), "fuse_ins": (experts.fuse, slice(1, 2))}
+    assert {k[2:] for k in a if k.startswith("w/")} == own.keys()
+    with torch.no_grad():
+        for name, (p, rows) in own.items(): p[rows] = t(f"w/{name}")
+    return layer, t("in/x").requires_grad_(), own
+
+
+def sizes(a: dict[str, np.ndarray]) -> tuple:
+    "Widths, number of experts, total rank and alpha of a file."
+    cfg = settings_of(a)
+    return a["w/base"].shape[1], a["w/base"].shape[0], cfg["experts"], cfg["rank_total"], cfg["alpha"]
+
+
+def moelora(a: dict[str, np.ndarray]):
+    size, top_k = sizes(a), settings_of(a)["topk"]
+    return *baseline(a, Experts(*size), TokenRouter(size[0], 0, size[2], top_k=top_k)), None
+
+
+def smolora(a: dict[str, np.ndarray]):
+    size, table = sizes(a), torch.tensor(a["in/ins_table"])
+    router = TwoGroupRouter(size[0], table.shape[1], size[2], "frozen_hash", instruction_norm="none")
+    prompt = torch.ones(a["in/x"].shape[:2], dtype=torch.bool)  # the official mean runs over all tokens
+    return *baseline(a, FusedExperts(*size), router), Context(table[torch.tensor(a["in/ins_idx"])], prompt=prompt)
+
+
+def check_baseline(a: dict[str, np.ndarray], layer: MoELinear, x: torch.Tensor, own: dict, context: Context | None) -> None:
+    "Output and every gradient; what has none in the file is declared frozen here."
+    y = layer(x, context)
+    close(y, a["out/y"], 1e-5, "out/y")
+    (y * torch.tensor(a["in/grad_out"])).sum().backward()
+    none = set(a["grad_lm/none"].tolist()) if "grad_lm/none" in a else set()
+    given = {k[8:] for k in a if k.startswith("grad_lm/")} - none - {"none", "x"}
+    assert given | none | {"base"} == own.keys()
+    frozen = {n for n, p in layer.router.named_parameters() if not p.requires_grad}
+    assert frozen == layer.router.frozen_names and len(frozen) == len(none)
+    for name in none: assert own[name][0].grad is None, f"{name} should have no gradient"
+    for name in given: close(own[name][0].grad[own[name][1]], a[f"grad_lm/{name}"], 1e-4, name, relative=True)
+    close(x.grad, a["grad_lm/x"], 1e-4, "x", relative=True)
+
+
+@every_file("moelora")
+def test_moelora_reproduces(path):
+    a = load(path)
+    check_baseline(a, *moelora(a))
+
+
+@every_file("smolora")
+def test_smolora_reproduces(path):
+    a = load(path)
+    layer, x, own, context = smolora(a)
+    selected = layer.router(x, context).selected.unflatten(1, (2, -1)).int()
+    close(selected.argmax(-1), np.stack([a["mid/vu_expert"], a["mid/ins_expert"]], 1), 0, "chosen experts")
+    check_baseline(a, layer, x, own, context)
+
+
+def by_formula(a: dict[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
+    "MoELoRA with the `k` best probabilities kept as they are: output and gradients in float64, expert by expert."
+    names = ["in/x", *(n for n in a if n.startswith("w/"))]
+    v = {n.split("/")[1]: torch.tensor(a[n], dtype=torch.float64, requires_grad=n != "w/base") for n in names}
+    logits = torch.einsum("btd,ed->bte", v["x"], v["token_router"])
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    y, scale = v["x"] @ v["base"].T, a["cfg/alpha"].item() / a["cfg/rank_total"].item()
+    for e in range(p.shape[-1]):
+        kept = (p > p[..., e:e + 1]).sum(-1) < k
+        y = y + (kept * p[..., e])[..., None] * scale * (v["x"] @ v["lora_A"][e].T @ v["lora_B"][e].T)
+    (y * torch.tensor(a["in/grad_out"])).sum().backward()
+    return {"out/y": y.detach().numpy()} | {f"grad_lm/{n}": t.grad.numpy() for n, t in v.items() if n != "base"}
+
+
+@pytest.mark.parametrize("k", [4, 3, 2, 1])
+def test_moelora_with_a_cut_is_the_formula(k):
+    "The formula gives the official arrays where nothing is cut, and ours where something is."
+    a = next(load(f) for f in FILES if f.stem == "moelora_dense")
+    made = by_formula(a, k)
+    if k == 4:
+        for name, value in made.items(): close(torch.tensor(value), a[name], 1e-5 if name == "out/y" else 1e-4, name, relative=name != "out/y")
+    cut = a | made | {"cfg/topk": np.array(k)}
+    check_baseline(cut, *moelora(cut))

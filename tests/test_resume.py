@@ -2,16 +2,18 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from small import make_base, rows, short_spec, timeless
 
 from strlora import checkpoint, runs, trainer
-from strlora.core import CheckpointError, SpecError, read_json, write_json
+from strlora.core import CheckpointError, SpecError, TrainingError, read_json, write_json
 from strlora.job import load_model
 
 FORK = multiprocessing.get_context("fork")
@@ -141,7 +143,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, whole, tmp_path, monkeypat
         if len(calls) == 7: raise OSError(28, "No space left on device")
         return true(*args, **kwargs)
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError): runs.start(short_spec(base), tmp_path/"run")
+    with pytest.raises(CheckpointError, match="No space left.*before it is whole.*strlora resume"): runs.start(short_spec(base), tmp_path/"run")
     monkeypatch.undo()
     assert runs.status_of(tmp_path/"run") == "failed"
     checkpoint.load(tmp_path/"run"/"checkpoint")
@@ -149,15 +151,47 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, whole, tmp_path, monkeypat
     same(tmp_path/"run", whole[0])
 
 
+def test_the_first_checkpoint_on_a_full_disk_says_that_there_is_none(tmp_path, monkeypatch):
+    def full(*args, **kwargs): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="none before it"): checkpoint.save(tmp_path/"checkpoint", torch.nn.Linear(2, 2), {}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rate_that_blows_up_is_never_saved(base, tmp_path):
+    with pytest.raises(TrainingError, match="finite"): runs.start(short_spec(base, "method=lora", "lr=1e30", "save_every=1"), tmp_path/"run")
+    state = checkpoint.load(tmp_path/"run"/"checkpoint")[0]
+    assert state and all(t.abs().max() < 1e3 for t in state.values())
+
+
+@pytest.mark.parametrize("content", [{}, [], {"status": "running", "method": "lora", "spec": {}}, {"status": "running", "spec": {"seed": 1}}])
+def test_a_damaged_run_is_one_error(content, tmp_path):
+    write_json(tmp_path/"run.json", content)
+    for verb in (runs.resume, runs.status_of, lambda f: runs.ask_again(f, ["proxy"])):
+        with pytest.raises(CheckpointError, match="run.json"): verb(tmp_path)
+
+
+def test_a_damaged_tree_is_one_error(base, whole, tmp_path):
+    shutil.copytree(whole[0]/"checkpoint", tmp_path/"checkpoint")
+    write_json(tmp_path/"checkpoint"/"state.json", {"format": 1})
+    with pytest.raises(CheckpointError, match="with spec and state"): checkpoint.load(tmp_path/"checkpoint", {})
+
+
+def test_others_may_read_what_is_saved(whole):
+    modes = {p.stat().st_mode & 0o777 for p in (whole[0]/"checkpoint").iterdir()}
+    assert len(modes) == 1
+
+
 FULL = """
 import resource, signal, sys, torch
 from strlora import checkpoint
+from strlora.core import CheckpointError
 folder, model = sys.argv[1], torch.nn.Linear(2, 2)
 checkpoint.save(folder, model, {"position": 1, "moment": torch.ones(4)}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try: checkpoint.save(folder, model, {"position": 2, "moment": torch.ones(100_000)}, {})
-except OSError as error: print("refused", checkpoint.load(folder)[1]["position"])
+except CheckpointError as error: print("refused", checkpoint.load(folder)[1]["position"])
 """
 
 

@@ -86,3 +86,10 @@ def test_presets_agree_with_the_adapters_defaults():
         settings = as_dict(resolve({"method": method}))["settings"]
         differ = {k: (v, getattr(config, k)) for k, v in settings.items() if hasattr(config, k) and getattr(config, k) != v}
         assert set(differ) <= {"lora_dropout", "init_experts"}, differ
+
+
+@pytest.mark.parametrize("values, found", [({"train": {"lr": float("inf")}}, "train.lr"), ({"train": {"betas": [2.0, 3.0]}}, "betas"),
+                                           ({"train": {"warmup": 5.0}}, "warmup"), ({"settings": {"kl_weight": float("nan")}}, "settings.kl_weight"),
+                                           ({"settings": {"top_k": -1}}, "from 0 to num_experts")])
+def test_numbers_that_no_run_can_use(values, found):
+    with pytest.raises(SpecError, match=found): resolve(values)

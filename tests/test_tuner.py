@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import PAD, batch, gemma3, internvl, stir
 
 import strlora
-from strlora.core import SignalError, SpecError, StrLoraError
+from strlora.core import CheckpointError, SignalError, SpecError, StrLoraError
 from strlora.tuner.call import CALL
 from strlora.tuner.layer import MergeError, StrLoraLinear
 from strlora.tuner.root import PROMPT, root_of
@@ -404,6 +404,43 @@ def test_several_adapters(tmp_path):
     with pytest.warns(UserWarning, match="default"): model.delete_adapter("second")
     assert model.active_adapters == ["default"] and not any("second" in n for n in model.state_dict())
     assert model.get_model_status().peft_types == {"default": "STRLORA"}
+
+
+def slow(model, adapter):
+    "The slow routers of an adapter, by their names in a file."
+    return {n.replace(f".{adapter}.", "."): b for n, b in model.named_buffers() if f".strlora_router.{adapter}.ema." in n}
+
+
+def test_an_adapter_keeps_its_slow_routers_under_any_name(tmp_path):
+    model = wrapped()
+    model.add_adapter("second", config())
+    model.set_adapter("second")
+    stir(model, 5)
+    model.save_pretrained(tmp_path)
+    kept = {name: slow(model, name) for name in ("default", "second")}
+    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        one = PeftModel.from_pretrained(internvl(), folder, adapter_name="other")
+        one.load_adapter(folder, "third")
+        for found in (slow(one, "other"), slow(one, "third")):
+            assert found.keys() == kept[name].keys() and found
+            assert all(torch.equal(found[n], kept[name][n]) for n in found)
+    assert not any(torch.equal(kept["default"][n], kept["second"][n]) for n in kept["second"])
+
+
+def test_an_incomplete_file_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    wrapped().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    save_file({n: t for n, t in state.items() if ".ema." not in n}, file)
+    with pytest.raises(CheckpointError, match=r"without .*ema"): PeftModel.from_pretrained(internvl(), tmp_path)
+
+
+def test_a_second_adapter_needs_no_targets():
+    "Also for an architecture that PEFT has no targets for: its linears are wrapped already."
+    model = get_peft_model(strlora.load_base()[0], config())
+    model.add_adapter("second", config())
+    assert all(set(layer.strlora_experts) == {"default", "second"} for layer in layers_of(model))
 
 
 def test_unload_and_merge():

@@ -285,6 +285,7 @@ def sign_flip(
 ) -> float:                         # two-sided p, at least 2 / 2**n unless the differences are zero
     "Exact sign-flip test of the mean; above 16 seeds, 65536 random flips."
     d = np.asarray(differences, float)
+    if np.isnan(d).any(): return float("nan")
     if len(d) > 16: signs = np.random.default_rng(0).choice([-1, 1], size=(2**16, len(d)))
     else: signs = 1 - 2 * (np.arange(2 ** len(d))[:, None] >> np.arange(len(d)) & 1)
     return float((np.abs(signs @ d) >= abs(d.sum()) - 1e-9).mean())

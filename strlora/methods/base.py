@@ -24,6 +24,8 @@ class Training(Protocol):
     step: int              # optimizer steps done in this chunk
     samples: Any           # of the current chunk, still in memory when it ends
     batch: Any             # some samples → a batch as a training step gets it
+    collate: Any           # some samples → a batch without image features
+    instructions: Any      # some samples → their instruction vectors [n, d]
     answer_loss: Any       # a batch → -log p of its answers, summed, without the parts of the method
     seed: int              # of the run
     accelerator: Any       # the processes that train together
@@ -70,6 +72,11 @@ class Method:
     update: Callable[[Any], Part] | None = None        # settings → update rule
     stream: Callable[..., Any] | None = None           # (stream, balanced, settings, seed) → another stream
     memory: bool = False                               # whether samples of earlier chunks are kept and seen again
+    weights: tuple[str, ...] = ()                      # settings that weigh its penalty terms; zero switches one off
+    knobs: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # setting → values tried beside its default
+    neighbour: str = "lora"                            # the method it is nearest to and must differ from; "": none
+    grows: str = ""                                    # how its state grows with the stream; "": it must not
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)    # part → what a table cannot read off the code
 
     def parts(self, settings: Any) -> dict[str, Part]:
         "Fresh parts for one run, by name."
@@ -102,8 +109,8 @@ def check_experts(
                         where="settings", remedy="Change one of them.")
     for name, k in (("top_k", top_k), ("sub_top_k", sub_top_k)):
         if k is not None and not 0 <= k <= num_experts:
-            raise SpecError(expected=f"at most num_experts = {num_experts}", found=k, where=f"settings: {name}",
-                            remedy=f"Lower {name}.")
+            raise SpecError(expected=f"a number from 0 to num_experts = {num_experts}", found=k, where=f"settings: {name}",
+                            remedy="Change the value.")
 
 # %% ../../nbs/13_methods.ipynb #3894cd88
 def check_number(

@@ -26,6 +26,6 @@ def pooled(
     return dataclasses.replace(stream, chunks=[Chunk(1, balanced(per_task), row)], plan=(row,))
 
 # %% ../../nbs/13b_bounds.ipynb #2add757e
-ZERO_SHOT = Method("zero_shot", "the frozen base model, no training", NoSettings)
+ZERO_SHOT = Method("zero_shot", "the frozen base model, no training", NoSettings, neighbour="")
 JOINT = Method("joint", "all tasks at once in equal numbers: the upper bound", AdapterSettings, adapter=single_expert,
                stream=pooled)

@@ -9,4 +9,4 @@ __all__ = ['LORA']
 from .base import AdapterSettings, Method, single_expert
 
 # %% ../../nbs/13a_lora.ipynb #062a7f88
-LORA = Method("lora", "one adapter, trained from chunk to chunk", AdapterSettings, adapter=single_expert)
+LORA = Method("lora", "one adapter, trained from chunk to chunk", AdapterSettings, adapter=single_expert, neighbour="")

@@ -68,4 +68,4 @@ def _update(settings: SameSettings) -> Part:
 
 
 SAME = Method("same", "steps spare the directions that old inputs used, and experts that the past needs are closed",
-              SameSettings, adapter=same_adapter, update=_update)
+              SameSettings, adapter=same_adapter, update=_update, knobs={"settings.mu": (0.09, 9.0), "settings.threshold": (-1.0,)})

@@ -11,18 +11,34 @@ from typing import Any
 from ..core import sources
 from .base import Method
 from .bounds import JOINT, ZERO_SHOT
+from .branchlora import BRANCHLORA
+from .ewc import EWC
 from .lora import LORA
+from .lwf import LWF
+from .moelora import MOELORA
+from .olora import OLORA
+from .replay import REPLAY
 from .same import SAME
-from .strlora import RELEASED, STRLORA
+from .smolora import SMOLORA, SMOLORA_RELEASED
+from .strlora import ABLATIONS, RELEASED, STRLORA
 
 # %% ../../nbs/13z_table.ipynb #5eedece7
 METHODS: dict[str, Method] = {
     "strlora": STRLORA,
     "strlora_released": RELEASED,
     "lora": LORA,
+    "ewc": EWC,
+    "lwf": LWF,
+    "replay": REPLAY,
+    "olora": OLORA,
+    "moelora": MOELORA,
+    "smolora": SMOLORA,
+    "smolora_released": SMOLORA_RELEASED,
     "same": SAME,
+    "branchlora": BRANCHLORA,
     "joint": JOINT,
     "zero_shot": ZERO_SHOT,
+    **{ablation.name: ablation for ablation in ABLATIONS},
 }
 
 # %% ../../nbs/13z_table.ipynb #ed4a2d85

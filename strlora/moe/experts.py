@@ -25,6 +25,7 @@ class Routing:
     penalties: dict[str, Tensor] = field(default_factory=dict)  # scalars, to be averaged over layers
     kl: Tensor | None = None      # divergence from the reference router, token by token [b, t]
     indices: Tensor | None = None  # the selected experts of each sample, if no gradient is owed to the others [b, k]
+    task: Tensor | None = None    # the pseudo-task of each sample, for routers that have some [b]
 
 # %% ../../nbs/03_experts.ipynb #0b0bdbc4
 def to_adapter(

@@ -51,10 +51,10 @@ def fitted(
     "The context for one layer; almost always the call's own."
     device = x.device
     if context.instruction.device != device:
-        names = ("instruction", "tokens", "images", "prompt")
+        names = ("instruction", "tokens", "images", "prompt", "task", "picture")
         moved = {n: v.to(device) for n in names if (v := getattr(context, n)) is not None}
         context = dataclasses.replace(context, **moved)
-    other = {n: None for n in ("tokens", "prompt") if (mask := getattr(context, n)) is not None and x.shape[:-1] != mask.shape}
+    other = {n: None for n in ("tokens", "images", "prompt") if (mask := getattr(context, n)) is not None and x.shape[:-1] != mask.shape}
     return dataclasses.replace(context, **other) if other else context
 
 # %% ../../nbs/08b_tuner_layer.ipynb #7efe3953
@@ -98,7 +98,7 @@ def detached(
 ) -> Routing:          # the same without graph and without penalties
     "A routing that keeps nothing alive."
     logits, kl = (None if x is None else x.detach() for x in (routing.logits, routing.kl))
-    return Routing(routing.weights.detach(), routing.selected.detach(), logits, {}, kl)
+    return Routing(routing.weights.detach(), routing.selected.detach(), logits, {}, kl, task=routing.task)
 
 # %% ../../nbs/08b_tuner_layer.ipynb #ce9d77a5
 class StrLoraLinear(nn.Module, BaseTunerLayer):
@@ -119,12 +119,14 @@ class StrLoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
 
-    def update_layer(self, adapter: str, config: Any, d_text: int, owner: Any = None, inference_mode: bool = False) -> None:
-        "Add an adapter: a bank of experts, and a router unless another layer owns it."
+    def update_layer(self, adapter: str, config: Any, d_text: int, owner: Any = None, inference_mode: bool = False,
+                     first: Any = None) -> None:
+        "Add an adapter: a bank of experts, and a router unless another layer owns it; it may join the `first` layer's."
         base = self.get_base_layer()
         self.strlora_experts[adapter] = BANKS[config.bank](base.in_features, base.out_features, **config.bank_settings())
         if owner is None: self.strlora_router[adapter] = ROUTERS[config.router](base.in_features, d_text, **config.router_settings())
         else: self.strlora_owner[adapter] = owner
+        if owner is None and first is not None: self.strlora_router[adapter].join(first.strlora_router[adapter])
         self.freeze(adapter, frozenset())
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEDY', 'PROMPT', 'input_embeddings', 'instruction_of', 'Prompt', 'prompted', 'real_tokens', 'share_of_batch',
-           'with_penalties', 'penalties_of', 'fill', 'Root', 'rebind', 'instructed', 'root_of']
+           'with_penalties', 'penalties_of', 'fill', 'check_tasks', 'tell', 'Root', 'rebind', 'instructed', 'root_of']
 
 # %% ../../nbs/08a_tuner_root.ipynb #57f419ed
 import contextlib
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import SignalError
-from ..moe.signal import Context, Penalties, pool_instruction, prompt_tokens
+from ..moe.signal import Context, Penalties, pool_images, pool_instruction, prompt_tokens
 from .call import CALL, RECORDS, TERMS, BoundCheckpoint, Call
 
 # %% ../../nbs/08a_tuner_root.ipynb #a96da6d7
@@ -142,6 +142,7 @@ def fill(
     given: dict[str, Any],   # its arguments by name
     mask: Tensor | None,     # the instruction mask, if one was given
     penalize: bool,          # whether penalty terms are wanted
+    task: Tensor | None = None,  # numbers of the samples' tasks, if they are given [b]
 ) -> None:
     "Shape, instruction, real tokens, and a place for penalty terms."
     ids, embeddings, labels = given.get("input_ids"), given.get("inputs_embeds"), given.get("labels")
@@ -150,13 +151,34 @@ def fill(
     if context is None and mask is not None:
         vectors = instruction_of(model, mask, ids, embeddings)
         context = Context(vectors, prompt=prompt_tokens(mask.to(vectors.device, torch.bool), None))
-    call.labelled, call.records = labels is not None, RECORDS.get()
+    call.labelled, call.records = labels is not None, [] if call.root.keeps else RECORDS.get()
     if penalize: call.penalties = Penalties()
     if penalize and call.labelled: call.share = share_of_batch(labels, given.get("num_items_in_batch"))
     if context is None: return
     tokens = real_tokens(given.get("attention_mask"), tuple(first.shape[:2]))
     prompt = context.prompt if tokens is None or context.prompt is None else context.prompt & tokens
-    call.context = dataclasses.replace(context, tokens=tokens if penalize else None, prompt=prompt, penalties=call.penalties)
+    images = ids == call.root.image_token if call.root.watching and ids is not None else None
+    call.context = dataclasses.replace(context, tokens=tokens if penalize else None, prompt=prompt, penalties=call.penalties,
+                                       images=images, task=None if task is None else check_tasks(task, len(first)))
+
+
+def check_tasks(
+    task: Tensor,  # as given to the model
+    rows: int,     # samples of this pass
+) -> Tensor:       # [b]
+    "The numbers of the samples' tasks; a `SignalError` unless there is one a sample."
+    if isinstance(task, Tensor) and task.shape == (rows,) and not task.is_floating_point(): return task
+    raise SignalError(expected=f"{rows} whole numbers, one a sample", found=getattr(task, "shape", type(task).__name__),
+                      where="task_numbers", remedy="Leave task_numbers out, or give one number a row.")
+
+# %% ../../nbs/08a_tuner_root.ipynb #1be8f59b
+def tell(
+    output: Any,  # what the model returned
+    call: Any,    # the call that ends
+) -> None:
+    "Hand the routing of all layers out as `output.routing`, and to whoever records it."
+    if hasattr(output, "__dict__") and not isinstance(output, tuple): output.routing = call.records
+    if (rows := RECORDS.get()) is not None: rows.extend(call.records)
 
 # %% ../../nbs/08a_tuner_root.ipynb #a742b74c
 class Root:
@@ -168,6 +190,8 @@ class Root:
     ):
         self.model = model
         self.scale: dict[str, float] = {}  # factors on the weights of penalty terms, for schedules
+        self.keeps = False                 # whether outputs of training carry their routing, for methods that count it
+        self.watching, self.image_token = False, getattr(model, "config", None) and getattr(model.config, "image_token_id", None)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.handles = [model.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
@@ -185,10 +209,10 @@ class Root:
         call = Call(self, CALL.get())
         CALL.set(call)  # first of all: `leave` runs even after an error
         kwargs = dict(kwargs)
-        mask, grad = kwargs.pop("instruction_mask", None), torch.is_grad_enabled()
+        mask, task, grad = kwargs.pop("instruction_mask", None), kwargs.pop("task_numbers", None), torch.is_grad_enabled()
         if model.training and grad:
             for block in self.blocks: rebind(block, True)
-        fill(call, model, dict(zip(self.names, args)) | kwargs, mask, grad and any(self.weights().values()))
+        fill(call, model, dict(zip(self.names, args)) | kwargs, mask, grad and any(self.weights().values()), task)
         return args, kwargs
 
     def leave(self, model: nn.Module, args: tuple, output: Any) -> Any:
@@ -196,7 +220,24 @@ class Root:
         call = CALL.get()
         if call is None or call.root is not self: return output
         CALL.set(call.previous)
-        return output if output is None or call.penalties is None else with_penalties(output, call, self.weights())
+        if output is None: return output
+        if call.penalties is not None: output = with_penalties(output, call, self.weights())
+        if self.keeps: tell(output, call)
+        return output
+
+    def watch(self) -> None:
+        "From now on look at what the language model gets in place of pictures."
+        if self.watching or self.image_token is None: return
+        self.watching = True
+        self.handles.append(self.model.get_decoder().register_forward_pre_hook(self.look, with_kwargs=True))
+
+    def look(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        "Before the language model: the mean of the projected image features goes into the context."
+        call, embeddings = CALL.get(), kwargs.get("inputs_embeds")
+        if call is None or call.root is not self or call.context is None or embeddings is None: return
+        images = call.context.images
+        if images is None or images.shape != embeddings.shape[:2]: return
+        call.context = dataclasses.replace(call.context, picture=pool_images(embeddings, images.to(embeddings.device)))
 
     def weights(self) -> dict[str, float]:
         "The weight of each penalty term, `adapter/name`, of the model's adapters."
