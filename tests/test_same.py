@@ -16,7 +16,8 @@ from tiny import batch, internvl, stir
 import strlora
 from strlora import checkpoint, runs
 from strlora.methods.same import SameSettings
-from strlora.methods.spectral import SpectralUpdate, Survey, Watch, exchanged, input_of, removed, routers_of, survey, weights_of
+from strlora.methods.spectral import SpectralUpdate, removed, routers_of, weights_of
+from strlora.methods.survey import Survey, Watch, exchanged, input_of, survey
 from strlora.moe.mean_router import MeanRouter
 from strlora.moe.spectrum import Spectrum, absorb, compress, damp_second, damping, leading, observe, ratios, relative
 from strlora.tuner.state import layers_of

@@ -12,30 +12,36 @@ from typing import Any, Literal
 from ..core import SpecError, sourced
 from .base import AdapterSettings, Method, Part, check_number
 
-# %% ../../nbs/13j_same.ipynb #42e58717
+# %% ../../nbs/13j_same.ipynb #26043acd
 @dataclasses.dataclass(frozen=True)
 class SameSettings(AdapterSettings):
     "Experts with a router for whole samples, and steps that spare what old inputs used."
-    num_experts: int = sourced(4, "ours: as the other mixtures (official code: one a task, known beforehand)", "experts that share the rank")
+    num_experts: int = sourced(4, "ours: as the other mixtures (official code: one a task)",
+                               "experts that share the rank")
     top_k: int = sourced(2, "official code, when it answers", "experts of a sample")
     share_routers: bool = sourced(True, "ours: the same input needs one answer, and has one spectrum",
                                   "one router for q, k, v and one for gate, up")
     average: Literal["probabilities", "logits"] = sourced("probabilities", "official code",
                                                           "what the router averages over a prompt")
     router_mode: Literal["project", "paper"] = sourced(
-        "project", "ours: the paper's rule keeps old directions and enlarges the strongest", "gain of the router's update in old directions")
+        "project", "ours: the paper's rule keeps old directions and enlarges the strongest",
+        "gain of the router's update in old directions")
     window: int = sourced(3, "official code", "neighbours that count in the paper's gain, itself included")
-    mu: float = sourced(0.9, "third-party summary of the paper", "damping, in units of the mean eigenvalue; larger: less")
+    mu: float = sourced(0.9, "third-party summary of the paper",
+                        "damping, in units of the mean eigenvalue; larger: less")
     energy: float = sourced(0.9, "official code", "share of the second moment's trace that counts as old")
     damp_second: bool = sourced(True, "ours: without it B undoes what A is denied (official code: A only)",
                                 "damp the updates of B, too")
     apply_to: Literal["update", "grad"] = sourced("update", "ours: AdamW takes a filter out of the gradient again",
                                                   "what is filtered")
     threshold: float = sourced(0.1, "official code", "experts with a lower score are closed; -1 or less: none")
-    freeze_after: int = sourced(10, "ours: the time constant of AdamW's first mean", "steps of a chunk before experts are closed; 0: never")
-    survey: int = sourced(32, "ours: a twelfth of a chunk of 400", "samples of a chunk from which spectra and usage are taken")
+    freeze_after: int = sourced(10, "ours: the time constant of AdamW's first mean",
+                                "steps of a chunk before experts are closed; 0: never")
+    survey: int = sourced(32, "ours: a twelfth of a chunk of 400",
+                          "samples of a chunk from which spectra and usage are taken")
     eigenpairs: int = sourced(64, "official code: width of its sketch", "most eigenpairs of an input")
-    forgetting: float = sourced(1.0, "third-party summary of the paper: none", "share of its weight that the past keeps at a chunk's end")
+    forgetting: float = sourced(1.0, "third-party summary of the paper: none",
+                                "share of its weight that the past keeps at a chunk's end")
 
     def __post_init__(self):
         for name, low, high in (("mu", 1e-6, 1e9), ("energy", 0, 1), ("forgetting", 0, 1), ("survey", 1, 1e6),
@@ -45,16 +51,15 @@ class SameSettings(AdapterSettings):
             raise SpecError(expected="an odd number of neighbours", found=self.window, where="settings: window",
                             remedy="An eigenvalue stands in the middle of its window.")
 
-# %% ../../nbs/13j_same.ipynb #f0ac72df
+# %% ../../nbs/13j_same.ipynb #f51004ca
 def same_adapter(
     settings: SameSettings,  # of the run
 ) -> Any:                    # a `StrLoraConfig`
     "Experts, and a router that decides for whole samples."
     from strlora.tuner.config import StrLoraConfig
-    return StrLoraConfig(task_type="CAUSAL_LM", r=settings.r, num_experts=settings.num_experts, lora_alpha=settings.lora_alpha,
-                         lora_dropout=settings.lora_dropout, init_experts=settings.init_experts, kl_weight=0.0,
-                         router="mean", router_options={"top_k": settings.top_k, "average": settings.average},
-                         share_routers=settings.share_routers)
+    same = ("r", "num_experts", "lora_alpha", "lora_dropout", "init_experts", "share_routers")
+    return StrLoraConfig(task_type="CAUSAL_LM", **{name: getattr(settings, name) for name in same}, kl_weight=0.0,
+                         router="mean", router_options={"top_k": settings.top_k, "average": settings.average})
 
 
 def _update(settings: SameSettings) -> Part:
