@@ -6,6 +6,7 @@ Cells that nbdev_test would skip keep the outputs they have.
 """
 import argparse
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -91,8 +92,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="run without storing outputs")
     parser.add_argument("--slow", action="store_true", help="run cells flagged slow, too")
     args = parser.parse_args()
-    paths = args.notebooks or sorted(nbglob(as_path=True))
-    failed = [p.name for p in paths if not run(Path(p).absolute(), save=not args.check, slow=args.slow)]
+    paths = [Path(p) for p in args.notebooks or sorted(nbglob(as_path=True))]
+    if len(paths) == 1: return int(not run(paths[0].absolute(), save=not args.check, slow=args.slow))
+    flags = [flag for flag, given in (("--check", args.check), ("--slow", args.slow)) if given]
+    alone = [sys.executable, __file__, *flags]   # a process each: how one notebook draws must not change another's pictures
+    failed = [p.name for p in paths if subprocess.run([*alone, str(p)]).returncode]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
