@@ -22,7 +22,8 @@ class EwcSettings(AdapterSettings):
     ewc_weight: float = sourced(50.0, "ours: a first guess, to be tuned on tuning seeds", "weight of the penalty")
     ewc_variant: Literal["online", "separate"] = sourced("online", "ours: old chunks fade, as the weights leave them",
                                                          "one anchor with a fading Fisher, or the sum over all past chunks")
-    ewc_decay: float = sourced(0.9, "ours: half the strength is left after seven chunks", "share of the Fisher that a chunk boundary keeps, for `online`")
+    ewc_decay: float = sourced(0.9, "ours: half the strength is left after seven chunks",
+                               "share of the Fisher that a chunk boundary keeps, for `online`")
     fisher_samples: int = sourced(64, "ours: a sixth of a chunk of 400", "samples of a chunk from which its Fisher is estimated")
 
     def __post_init__(self):

@@ -23,8 +23,10 @@ from .base import AdapterSettings, Method, check_number, single_expert
 class ReplaySettings(AdapterSettings):
     "LoRA with a memory of samples."
     memory: int = sourced(100, "ours: 1 % of a mini stream of 25 × 400 (at paper scale 500, 1 % of 50 000)", "samples that are kept")
-    replay_share: float = sourced(0.25, "ours: one old sample to three new ones", "share of replayed samples in what is trained on, below 1")
-    policy: Literal["reservoir", "fifo"] = sourced("reservoir", "ours: knows nothing of tasks", "a uniform draw from the past, or the latest samples")
+    replay_share: float = sourced(0.25, "ours: one old sample to three new ones",
+                                  "share of replayed samples in what is trained on, below 1")
+    policy: Literal["reservoir", "fifo"] = sourced("reservoir", "ours: knows nothing of tasks",
+                                                  "a uniform draw from the past, or the latest samples")
     balance: Literal["none", "template"] = sourced("none", "ours: knows nothing of tasks",
                                                    "`template`: equal shares for every closing sentence of instructions")
 

@@ -33,7 +33,7 @@ class StrLoraSettings(AdapterSettings):
     instruction_norm: Literal["layer", "none"] = sourced("layer",
                                                          "ours: scales differ between model families (official: none)",
                                                          "normalisation of the instruction before stage 1")
-    stage1: Stage1 = sourced("prior", "ours: no variant is separable from it, and it can skip experts",
+    stage1: Stage1 = sourced("prior", "ours: none is better, and experts can be skipped",
                                                                      "how stage 1 is trained")
     kl_weight: float = sourced(0.1, "official scripts", "weight of the divergence from the slow router")
     kl_temperature: float = sourced(1.0, "official scripts", "softens both sides of the divergence")

@@ -98,7 +98,7 @@ class StrLoraConfig(PeftConfig):
     sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None all of the subset, 0 no stage 2")
     attention_dim: int = sourced(32, "ours: below 1.3 times LoRA's parameters (official: 64)", "width of stage 2; 0 for a linear one")
     share_routers: bool = sourced(True, "ours: the same input needs one answer", "one router for q, k, v and one for gate, up")
-    stage1: str = sourced("prior", "ours: learns (the official one does not), and can skip experts", "'prior', 'straight_through' or 'frozen'")
+    stage1: str = sourced("prior", "ours: it learns, and experts can be skipped", "'prior', 'straight_through' or 'frozen'")
     instruction_norm: str = sourced("layer", "ours: scales differ between model families", "'layer' or 'none' before stage 1")
     kl_weight: float = sourced(0.1, "official code", "weight of the routing-stability penalty; 0 keeps no slow router")
     kl_temperature: float = sourced(1.0, "official code", "temperature of both routers in the penalty")
