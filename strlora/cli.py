@@ -147,15 +147,15 @@ def do_eval(args: argparse.Namespace) -> int:
     "`strlora eval`"
     check_limit(args.limit)
     _quiet()
-    from strlora import runs
+    from strlora import again
     from strlora.request import only
     splits = ["proxy", "full"] if args.split == "both" else [args.split]
     changes = only(args.set, ("eval.prompts", "train.threads"), "The other settings belong to the run.")
     if args.dry_run:
-        found = runs.what(args.run, splits, args.limit)
+        found = again.what(args.run, splits, args.limit)
         print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:<10} {v}" for k, v in found.items()))
         return 0
-    scores = runs.ask_again(args.run, splits, args.limit, changes)
+    scores = again.ask_again(args.run, splits, args.limit, changes)
     if args.json: print(json.dumps(scores, indent=1))
     else:
         for split, row in scores.items():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interrupted', 'Recorder', 'stopping', 'start', 'resume', 'unfinished', 'spec_in', 'where', 'drive', 'state_size',
-           'note', 'train', 'ask_again', 'what', 'task_scores', 'replace_rows']
+           'note', 'train']
 
 # %% ../nbs/14a_runs.ipynb #e7c9c7ad
 import contextlib
@@ -14,14 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from . import checkpoint
-from .checkpoint import load_adapter_state
 from .core import CheckpointError, SpecError, StrLoraError, read_json, write_json
 from .folder import finish, info_of, merge_rows, provenance, status_of, write_rows
 from .job import Job
-from .methods.table import METHODS
 from .progress import Progress
 from .spec import EXECUTION, RunSpec, as_dict, resolve
 from .trainer import Trainer, Watcher, restore, training_state
@@ -232,56 +228,3 @@ def train(
             if fresh: recorder.floor()
             if job.trains: job.trainer.fit(job.seen, recorder)
     finally: progress.close()
-
-# %% ../nbs/14a_runs.ipynb #331a1a89
-def ask_again(
-    folder: str | Path,                # of a run with a checkpoint
-    splits: Sequence[str],             # "proxy", "full"
-    limit: int | None = None,          # at most so many questions a task; then no answer is stored
-    changes: Mapping[str, Any] = {},   # dotted settings of asking → other values
-) -> dict[str, dict[str, float]]:      # split → task → score in points of 100
-    "Evaluate the model of a run as its checkpoint has it."
-    folder, info = Path(folder), info_of(folder)
-    job = Job(spec_in(folder, info, changes))
-    if job.trains: load_adapter_state(job.model, checkpoint.load(folder/"checkpoint", info["spec"], EXECUTION)[0], folder)
-    after = len(job.stream.plan) if job.trains else 0
-    rows = [row for split in splits for row in job.ask(split, after, limit)]
-    if info["status"] == "finished" and limit is None: replace_rows(folder/"predictions.parquet", rows)
-    return task_scores(rows)
-
-
-def what(
-    folder: str | Path,        # of a run
-    splits: Sequence[str],     # "proxy", "full"
-    limit: int | None = None,  # at most so many questions a task
-) -> dict[str, Any]:           # run, chunks trained, questions a split
-    "What `ask_again` would ask."
-    folder, info = Path(folder), info_of(folder)
-    spec, chunk = spec_in(folder, info), 0
-    if METHODS[spec.method].adapter:
-        at = checkpoint.load(folder/"checkpoint", info["spec"], EXECUTION)[1]["position"]
-        chunk = at["chunk"] - (not at["trained"])
-    sizes = {"proxy": spec.stream.proxy_size, "full": spec.stream.test_size}
-    tasks = len(read_json(folder/"stream.json")["tasks"])
-    counts = {f"{split} questions": tasks * min(sizes[split], limit or sizes[split]) for split in splits}
-    return {"run": str(folder), "method": spec.method, "status": info["status"], "chunk": f"after {chunk} of {spec.stream.chunks}",
-            **counts, "stored": info["status"] == "finished" and limit is None}
-
-
-def task_scores(
-    rows: Sequence[dict[str, Any]],  # answers
-) -> dict[str, dict[str, float]]:    # split → task → mean score in points of 100
-    "What a model got right, by split and task."
-    scores: dict[str, dict[str, list[float]]] = {}
-    for r in rows: scores.setdefault(r["split"], {}).setdefault(r["task"], []).append(100 * r["score"])
-    return {split: {task: sum(v) / len(v) for task, v in found.items()} for split, found in scores.items()}
-
-
-def replace_rows(
-    path: Path,                      # predictions.parquet
-    rows: Sequence[dict[str, Any]],  # new answers
-) -> None:
-    "Put new answers in the place of those after the same chunk and of the same split."
-    fresh = {(r["after_chunk"], r["split"]) for r in rows}
-    kept = [r for r in pq.read_table(path).to_pylist() if (r["after_chunk"], r["split"]) not in fresh]
-    write_rows(path, kept + list(rows))

@@ -25,7 +25,7 @@ def said(*words):
 def sets(base): return [x for pair in (f"model.base={base!r}", *SHORT) for x in ("--set", pair)]
 
 
-@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "methods"))])
+@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "tune", "compare", "methods"))])
 def test_help_needs_nothing(words):
     code = ("import sys, strlora.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as e: assert e.code == 0\n"
             "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)")
@@ -36,6 +36,11 @@ def test_help_needs_nothing(words):
 @pytest.mark.parametrize("words, found", [
     (["run", "--method", "strlroa"], "'strlora'"), (["run", "--set", "lrr=1"], "'lr'"), (["run", "none.toml"], "no such file"),
     (["run", "--limit", "0"], "--limit"), (["resume", "none"], "run.json"), (["eval", "none"], "run.json"), (["report", "none"], "none"),
+    (["resume", "none", "--set", "lr=1"], "as if it had never stopped"), (["eval", "none", "--set", "lr=1"], "eval.prompts"),
+    (["eval", "none", "--limit", "0"], "--limit"), (["resume", "none", "--set", "threads"], "key=value"),
+    (["tune", "lroa"], "'lora'"), (["tune", "zero_shot"], "nothing to tune"), (["compare", "lroa"], "'lora'"),
+    (["compare", "lora", "--seeds", "0,100"], "100"), (["compare", "lora", "--jobs", "0", "--limit", "1"], "--jobs"),
+    (["compare", "lora", "--reference", "x"], "x"), (["tune", "lora", "--stream", "windws", "--dry-run"], "'windows'"),
 ])
 def test_a_mistake_is_one_line(words, found):
     code, out, err = said(*words)
@@ -50,6 +55,13 @@ def test_dry_run_and_methods_are_json():
     assert "train.lr" in said("run", "--dry-run")[1]
 
 
+@pytest.mark.parametrize("pair, found", [("lora_dropout=2", "lora_dropout"), ("kl_weight=-1", "kl_weight"), ("num_experts=3", "num_experts"),
+                                         ("stage1='none'", "stage1"), ("init_experts=odd", "init_experts")])
+def test_a_dry_run_refuses_what_a_run_would(pair, found):
+    code, out, err = said("run", "--dry-run", "--set", pair)
+    assert code == 2 and not out and found in err and err.count("\n") == 1
+
+
 def test_a_limit_makes_everything_smaller():
     shown = {row["name"]: row["value"] for row in json.loads(said("run", "--limit", "4", "--dry-run", "--json")[1])}
     assert (shown["stream.chunk_size"], shown["stream.proxy_size"], shown["stream.test_size"]) == (4, 4, 4)
@@ -58,7 +70,7 @@ def test_a_limit_makes_everything_smaller():
 def test_every_verb_is_there():
     from strlora.cli import VERBS
     verbs = next(a for a in parser()._actions if a.dest == "verb").choices
-    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "methods"}
+    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "tune", "compare", "methods"}
 
 
 def test_run_report_eval(base, tmp_path):
@@ -79,6 +91,37 @@ def test_run_report_eval(base, tmp_path):
     assert sorted(rows(folder), key=key) == sorted(before, key=key), "the same model gives the same answers"
     final = {task: score for task, score in json.loads(out)["proxy"].items()}
     assert final == pytest.approx(found[0]["final"], abs=1e-6)
+    asks_less(folder)
+
+
+def asks_less(folder):
+    "Of a finished run: what would be asked, a part of it, and that its answers stay."
+    before = rows(folder)
+    plan = json.loads(said("eval", folder, "--split", "both", "--limit", "1", "--dry-run", "--json")[1])
+    assert plan["chunk"] == "after 3 of 3" and plan["proxy questions"] == plan["full questions"] == 11 and not plan["stored"]
+    assert "22" in said("eval", folder, "--dry-run")[1]
+    code, out, err = said("eval", folder, "--limit", "1", "--set", "prompts=3", "--set", "threads=1", "--json")
+    assert code == 0 and set(json.loads(out)["full"].values()) <= {0.0, 100.0}, err
+    assert rows(folder) == before
+    assert "finished" in said("resume", folder, "--dry-run")[2]
+
+
+def test_resume_says_where_and_takes_settings_of_execution(base, tmp_path, monkeypatch):
+    from strlora import runs
+    true = runs.Recorder.step_done
+    def press(self, run, row):
+        if run.total == 4: self.stop = True
+        true(self, run, row)
+    monkeypatch.setattr(runs.Recorder, "step_done", press)
+    code, _, err = said("run", *sets(base), "--out", tmp_path/"run")
+    assert code == 130 and "strlora resume" in err
+    monkeypatch.undo()
+    plan = json.loads(said("resume", tmp_path/"run", "--dry-run", "--json", "--threads", "1", "--set", "save_every=1")[1])
+    assert (plan["chunk"], plan["step"], plan["steps done"], plan["train.save_every"]) == ("2 of 3", 1, 4, 1)
+    code, out, err = said("resume", tmp_path/"run", "--set", "save_every=1")
+    assert code == 0 and "MAP" in out, err
+    info = json.loads((tmp_path/"run"/"run.json").read_text())
+    assert info["spec"]["train"]["save_every"] == 1 and info["state"] == 0
 
 
 def test_zero_shot_and_joint_end_in_a_table(base, tmp_path):

@@ -1,9 +1,10 @@
 "Every method in the table is trained for a few steps and looked at; see nbs/14d_checks.ipynb."
 import pytest
 
-from strlora.checks import CHECKS, Bench
+from strlora.checks import CHECKS
 from strlora.methods.table import METHODS
 from strlora.spec import resolve
+from strlora.trial import Bench
 from strlora.tune import MOST, check_method, defaults, stage, stages
 
 TRAINED = [name for name, method in METHODS.items() if method.adapter]

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from strlora.checks import CHECKS, Bench, Failed, known
+from strlora.checks import CHECKS, Failed
 from strlora.core import sourced
 from strlora.methods.base import AdapterSettings, Method, Part, single_expert
 from strlora.moe.experts import Routing
 from strlora.moe.layer import BLIND, ROUTERS, TwoStageRouter
+from strlora.trial import Bench, known
 
 
 @pytest.fixture(scope="module")

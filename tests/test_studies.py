@@ -1,0 +1,186 @@
+"Fair search and comparison: budget, choice, seeds kept apart, processes side by side, what is written."
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small import make_base
+from test_cli import said
+
+from strlora import parallel, toml, tune
+from strlora.core import SpecError, TrainingError
+from strlora.data.mini.bench import REPORTING_SEEDS, TUNING_SEEDS
+from strlora.methods.table import METHODS
+from strlora.request import asked
+from strlora.runs import status_of
+from strlora.spec import load
+
+SPEC = """# a small {method}
+method = "{method}"
+
+[model]
+base = {base!r}
+
+[stream]
+chunks = 2
+chunk_size = 8
+test_size = 1
+proxy_size = 1
+
+[train]
+batch_size = 4
+save_every = 1
+
+[settings]
+r = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def place(base, tmp_path, monkeypatch):
+    "A working folder with experiments of seconds."
+    monkeypatch.chdir(tmp_path)
+    for method in ("lora", "strlora", "joint"):
+        file = Path("experiments/mini/windows", f"{method}.toml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(SPEC.format(method=method, base=base))
+    return tmp_path
+
+
+# ---------------------------------------------------------------- the search
+
+def searched(monkeypatch, method, score):
+    "The search with made-up scores; what was tried and chosen."
+    monkeypatch.setattr(tune, "work_off", lambda runs, jobs, later=0: None)
+    monkeypatch.setattr(tune, "scored", lambda run, single, setting: {"MAP": score(setting), "final AP": score(setting), "seed": run.spec.seed,
+                                                                      "method": method, "settings": tune.told(setting)})
+    rows, best = tune.search(method, "windows", 1, None)
+    return list(dict.fromkeys(r["settings"] for r in rows)), rows, best
+
+
+def test_the_search_goes_from_the_best_to_the_next_stage(monkeypatch):
+    wanted = {"train.lr": 2e-3, "train.lr_later": 4e-4, "settings.kl_weight": 0.3, "settings.ema_decay": 0.99}
+    tried, rows, best = searched(monkeypatch, "strlora", lambda s: sum(s[k] == v for k, v in wanted.items()))
+    assert best == wanted and len(tried) == 8 and len(rows) == 16 and {r["seed"] for r in rows} == set(TUNING_SEEDS)
+
+
+def test_equal_scores_change_nothing(monkeypatch):
+    for method in ("strlora", "lora"): assert searched(monkeypatch, method, lambda s: 50.0)[2] == tune.defaults(method)
+
+
+def test_joint_has_no_later_rate(monkeypatch):
+    tried, _, best = searched(monkeypatch, "joint", lambda s: s["train.lr"])
+    assert len(tried) == 3 and best["train.lr"] == 2e-3
+
+
+def test_what_diverges_is_not_chosen(monkeypatch):
+    assert searched(monkeypatch, "lora", lambda s: math.nan if s["train.lr"] > 1e-3 else s["train.lr"])[2]["train.lr"] == 1e-3
+    with pytest.raises(TrainingError): searched(monkeypatch, "lora", lambda s: math.nan)
+
+
+def test_more_knobs_than_the_budget_are_refused(monkeypatch):
+    import dataclasses
+    monkeypatch.setitem(METHODS, "lora", dataclasses.replace(METHODS["lora"], knobs={"settings.r": (1, 2, 4, 8, 16)}))
+    with pytest.raises(SpecError, match="at most 9"): tune.check_method("lora")
+
+
+def test_seeds_are_kept_apart(place):
+    assert not set(TUNING_SEEDS) & set(REPORTING_SEEDS) and set(REPORTING_SEEDS) == set(range(10))
+    file = Path("experiments/mini/windows/lora.toml")
+    file.write_text(file.read_text().replace("chunks = 2", "chunks = 2\nseed = 3"))
+    code, _, err = said("tune", "lora", "--limit", "1")
+    assert code == 2 and "stream.seed" in err and "3" in err
+    file.write_text(file.read_text().replace("seed = 3", "seed = 100"))
+    code, _, err = said("compare", "lora")
+    assert code == 2 and "stream.seed" in err
+
+
+def test_dry_runs_start_nothing(place):
+    grid = json.loads(said("tune", "strlora", "--dry-run", "--json")[1])
+    assert len(grid) == 8 and grid[0]["seeds"] == [100, 101] and "best train.lr" in grid[3]["setting"]
+    rows = json.loads(said("compare", "lora", "strlora", "--dry-run", "--json")[1])
+    assert [r["status"] for r in rows] == ["absent"] * 6 and "experiments" in rows[0]["command"]
+    assert not Path("scratch").exists() and not Path("results").exists()
+
+
+def test_landing_keeps_the_file_and_leaves_defaults_out(place):
+    file = Path("experiments/mini/windows/strlora.toml")
+    before = load(file)
+    toml.land(file, "strlora", {"train.lr": 2e-3, "train.lr_later": 1e-3, "settings.kl_weight": 0.3}, "`strlora tune strlora`: train.lr=0.002")
+    assert load(file) == {k: v for k, v in before.items() if k != "method"} | \
+        {"train": before["train"] | {"lr": 2e-3}, "settings": {"r": 8, "kl_weight": 0.3}}
+    assert file.read_text().startswith("# a small strlora\n# chosen by `strlora tune strlora`: train.lr=0.002")
+    toml.land(file, "strlora", {"train.lr": 1e-3, "settings.kl_weight": 0.1}, "strlora tune strlora")
+    assert load(file) == {k: v for k, v in before.items() if k != "method"} and file.read_text().count("chosen by") == 1
+    toml.land(Path("experiments/mini/strcvit/lora.toml"), "lora", {"train.lr": 5e-4}, "strlora tune lora --stream strcvit", "strcvit")
+    spec, published = asked(["experiments/mini/strcvit/lora.toml"])
+    assert (spec.method, spec.stream.name, spec.train.lr, published) == ("lora", "strcvit", 5e-4, True)
+
+
+@pytest.mark.parametrize("odd", [{"a": None}, {"a": [float("nan")]}, {"a": object()}])
+def test_toml_that_would_not_read_back_is_refused(odd):
+    with pytest.raises(SpecError): toml.to_toml(odd)
+
+
+# ---------------------------------------------------------------- processes
+
+def test_compare_runs_keeps_and_tells_of_failures(place):
+    "One method works, one fails; the second time nothing is run again but the failed."
+    broken = Path("experiments/mini/windows/strlora.toml")
+    whole = broken.read_text()
+    broken.write_text(whole.replace("base = '", "base = '/nowhere"))
+    code, out, err = said("compare", "lora", "strlora", "--seeds", "0", "--json")
+    found = json.loads(out)
+    assert code == 1 and [r["method"] for r in found["runs"]] == ["lora"] and [r["method"] for r in found["failed"]] == ["strlora"]
+    assert "nowhere" in err and Path(found["failed"][0]["log"]).exists()
+    broken.write_text(whole)
+    code, out, err = said("compare", "lora", "strlora", "--seeds", "0", "--json")
+    found = json.loads(out)
+    assert code == 0 and "1 of 2 runs were finished before" in err and "finished   strlora" in err
+    assert {r["metric"] for r in found["scores"]} == {"MAP", "MAF", "final AP"} and "1 seed: this ranks nothing" in found["caution"]
+    assert [r["time / lora"] for r in found["costs"]][0] == 1 and found["costs"][0]["extra samples"] == 0
+    assert not list(Path("scratch").rglob("*.log")) and not list(Path("results").rglob("*.log"))
+    broken.write_text(whole.replace("r = 8", "r = 16"))
+    code, _, err = said("compare", "lora", "strlora", "--seeds", "0")
+    assert code == 2 and "settings.r is 8 there and 16 here" in err
+
+
+COMPARE = ["compare", "lora", "strlora", "--seeds", "0", "--jobs", "2", "--limit", "400"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_lets_every_run_save_itself(place):
+    for file in Path("experiments/mini/windows").glob("*.toml"):
+        file.write_text(file.read_text().replace("chunk_size = 8", "chunk_size = 400"))
+    env = dict(os.environ, PYTHONPATH=str(parallel.PACKAGE.parent))
+    process = subprocess.Popen([sys.executable, "-m", "strlora.cli", *COMPARE], env=env, stderr=subprocess.PIPE, text=True)
+    runs = [parallel.child(m, [f"experiments/mini/windows/{m}.toml", "--seed", "0", "--limit", "400"]) for m in ("lora", "strlora")]
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not all(parallel.position_of(r)[1] for r in runs): time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130 and "saved themselves" in err
+    assert [status_of(r.folder) for r in runs] == ["interrupted", "interrupted"]
+
+
+@pytest.mark.slow
+def test_tune_from_grid_to_file(place):
+    code, out, err = said("tune", "joint", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["tried"]) == 6 and all(r["MAP"] is None and r["final AP"] is not None for r in found["tried"])
+    table = Path("results/mini/tuning/windows/joint.csv").read_text().splitlines()
+    assert table[0] == "method,settings,seed,MAP,MAF,final AP,seconds,commit" and len(table) == 7
+    assert "# chosen by `strlora tune joint`" in Path("experiments/mini/windows/joint.toml").read_text()
+    code, out, err = said("tune", "joint", "--json")
+    assert code == 0 and "6 of 6 runs were finished before" in err and json.loads(out) == found
