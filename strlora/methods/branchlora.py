@@ -22,22 +22,22 @@ SUMMARY = "third-party summary of the paper"
 class BranchLoraSettings(AdapterSettings):
     "BranchLoRA on a stream without task labels."
     num_experts: int = sourced(4, "ours: as the other methods here (summaries of the paper: 8)",
-                           "branches on one trunk of rank r / num_experts")
+                               "branches on one trunk of rank r / num_experts")
     top_k: int = sourced(2, SUMMARY, "branches of a sample")
     share_routers: bool = sourced(False, "inferred from the published number of parameters",
-                           "one router for q, k, v and one for gate, up")
+                                  "one router for q, k, v and one for gate, up")
     max_tasks: int = sourced(16, "ours: bounded state; about one and a half times the tasks",
-                           "most pseudo-tasks; later ones join the nearest")
+                             "most pseudo-tasks; later ones join the nearest")
     threshold: float = sourced(0.7, "ours: best of five on the instructions of tuning seed 100",
                                "an instruction with a smaller cosine to every cluster begins a new pseudo-task")
-    boundary: Literal["text",
-                           "chunk"] = sourced("text", "ours: tasks recur and mix", "a pseudo-task is a cluster of instructions, or a chunk")
+    boundary: Literal["text", "chunk"] = sourced("text", "ours: tasks recur and mix",
+                                                 "a pseudo-task is a cluster of instructions, or a chunk")
     oracle_task_id: bool = sourced(False, "ours: the learner sees no task",
-                           "ablation: true tasks in training, keys decide in evaluation")
+                                   "ablation: true tasks in training, keys decide in evaluation")
     align_weight: float = sourced(1.0, SUMMARY, "weight of the alignment of keys")
     image_key: bool = sourced(True, SUMMARY, "a key for the picture beside the one for the text")
     freeze_k: int = sourced(2, "ours: as many as a sample uses (summaries: the k most activated)",
-                           "branches a pseudo-task freezes in a layer; 0: none")
+                            "branches a pseudo-task freezes in a layer; 0: none")
     min_tunable: int = sourced(2, "ours: a stream has no last task", "branches of a layer that stay free")
     thaw_on_recur: bool = sourced(False, "ours", "a pseudo-task that occurs again may train the branches it froze")
 

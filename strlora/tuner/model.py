@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..core import CheckpointError, SpecError
-from ..moe.layer import BLIND, JOINED, SIGHTED
+from ..moe.layer import BLIND, KEYED
 from .call import collected, recorded
 from .layer import StrLoraLinear, check_linear, refuse_merge
 from .root import Root, input_embeddings, instructed, root_of
@@ -127,7 +127,7 @@ class StrLoraModel(StateMethods, BaseTuner):
             check_linear(target, current_key)
             layer = StrLoraLinear(target, current_key)
         owner = owner_of(self.model, current_key, adapter_name, layer.get_base_layer().in_features) if config.share_routers else None
-        first = first_of(self.model, adapter_name) if config.router in JOINED else None
+        first = first_of(self.model, adapter_name) if config.router in KEYED else None
         layer.update_layer(adapter_name, config, text_width(self.model, config), owner, config.inference_mode, first)
         if adapter_name not in self.active_adapters: layer.set_adapter(self.active_adapters)
         if layer is not target: self._replace_module(parent, target_name, layer, target)
@@ -148,7 +148,7 @@ class StrLoraModel(StateMethods, BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         root = root_of(model) or Root(model)
-        if config.router in SIGHTED: root.watch()
+        if config.router in KEYED: root.watch()
 
     @property
     def root(self) -> Root:
