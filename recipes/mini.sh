@@ -30,7 +30,7 @@ plain="--set stream.chunk_size=400 --set eval.every=5 --set routing_every=0"
 strlora report scratch/rates/*/ --json > results/mini/rates.json
 
 {   # about two hours of one core: the reporting seeds (results/mini/<stream>/<method>/seed<n>, from a clean commit)
-    for stream in windows strcvit; do for seed in 0 1 2; do for method in lora joint strlora zero_shot; do
+    for stream in windows strcvit; do for seed in 0 1 2; do for method in lora strlora zero_shot joint; do
         echo "once results/mini/$stream/$method/seed$seed experiments/mini/$stream/$method.toml --seed $seed"
     done; done; done
 } | xargs -P "$JOBS" -I{} bash -c '{}'
