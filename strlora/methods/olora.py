@@ -18,7 +18,7 @@ from .base import AdapterSettings, Method, Part, Training, check_number
 class OLoraSettings(AdapterSettings):
     "A pair of low rank for every chunk."
     num_experts: int = sourced(32, "ours: at least one a chunk, and the total rank of all methods", "pairs; set it to the chunks or more")
-    olora_weight: float = sourced(0.5, "official code", "weight of the overlap with earlier directions")
+    olora_weight: float = sourced(0.5, "official code's number, there on the raw rows", "weight of the overlap with earlier directions")
     olora_l2: float = sourced(0.0, "official code", "weight of the norms of the pair in training")
 
     def __post_init__(self):

@@ -26,14 +26,14 @@ class StrLoraSettings(AdapterSettings):
     top_k: int | None = sourced(2, "official scripts", "experts selected for a sample by its instruction; unset: all")
     sub_top_k: int | None = sourced(None, "abstract: contribution weights",
                                     "experts of a token among the selected; unset: all, softly")
-    attention_dim: int = sourced(32, "ours: a third fewer router parameters (official: 64)",
+    attention_dim: int = sourced(32, "ours: half the router parameters (official: 64)",
                                  "width of the attention between tokens and instruction")
     share_routers: bool = sourced(True, "ours: the same input needs one answer (official: false)",
                                   "one router for q, k, v and one for gate, up")
     instruction_norm: Literal["layer", "none"] = sourced("layer",
                                                          "ours: scales differ between model families (official: none)",
                                                          "normalisation of the instruction before stage 1")
-    stage1: Stage1 = sourced("prior", "ours: none is better, and experts can be skipped",
+    stage1: Stage1 = sourced("prior", "ours: two seeds decide nothing; experts can be skipped",
                                                                      "how stage 1 is trained")
     kl_weight: float = sourced(0.1, "official scripts", "weight of the divergence from the slow router")
     kl_temperature: float = sourced(1.0, "official scripts", "softens both sides of the divergence")
@@ -157,7 +157,7 @@ STRLORA = Method("strlora", "routed experts: select by instruction, weigh by tok
 RELEASED = Method("strlora_released", "StrLoRA with the mathematics and schedule of the official code",
                   ReleasedSettings,
                   adapter=released_adapter, penalty=_penalty, update=_freeze, weights=("settings.kl_weight",),
-                  knobs=KNOBS, neighbour="strlora")
+                  neighbour="strlora")
 
 # %% ../../nbs/13c_strlora.ipynb #8d090284
 @dataclasses.dataclass(frozen=True)
