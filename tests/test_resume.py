@@ -12,7 +12,7 @@ import pytest
 import torch
 from small import make_base, rows, short_spec, timeless
 
-from strlora import checkpoint, runs, trainer
+from strlora import again, checkpoint, runs, trainer
 from strlora.core import CheckpointError, SpecError, TrainingError, read_json, write_json
 from strlora.job import load_model
 
@@ -167,7 +167,7 @@ def test_a_rate_that_blows_up_is_never_saved(base, tmp_path):
 @pytest.mark.parametrize("content", [{}, [], {"status": "running", "method": "lora", "spec": {}}, {"status": "running", "spec": {"seed": 1}}])
 def test_a_damaged_run_is_one_error(content, tmp_path):
     write_json(tmp_path/"run.json", content)
-    for verb in (runs.resume, runs.status_of, lambda f: runs.ask_again(f, ["proxy"])):
+    for verb in (runs.resume, runs.status_of, lambda f: again.ask_again(f, ["proxy"])):
         with pytest.raises(CheckpointError, match="run.json"): verb(tmp_path)
 
 

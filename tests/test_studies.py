@@ -124,7 +124,7 @@ def test_landing_keeps_the_file_and_leaves_defaults_out(place):
     assert load(file) == {k: v for k, v in before.items() if k != "method"} and file.read_text().count("chosen by") == 1
     toml.land(Path("experiments/mini/strcvit/lora.toml"), "lora", {"train.lr": 5e-4}, "strlora tune lora --stream strcvit", "strcvit")
     spec, published = asked(["experiments/mini/strcvit/lora.toml"])
-    assert (spec.method, spec.stream.name, spec.train.lr, published) == ("lora", "strcvit", 5e-4, True)
+    assert (spec.method, spec.stream.name, spec.train.lr, published) == ("lora", "strcvit", 5e-4, False), "not of this repository"
 
 
 @pytest.mark.parametrize("odd", [{"a": None}, {"a": [float("nan")]}, {"a": object()}])
@@ -142,17 +142,18 @@ def test_compare_runs_keeps_and_tells_of_failures(place):
     code, out, err = said("compare", "lora", "strlora", "--seeds", "0", "--json")
     found = json.loads(out)
     assert code == 1 and [r["method"] for r in found["runs"]] == ["lora"] and [r["method"] for r in found["failed"]] == ["strlora"]
-    assert "nowhere" in err and Path(found["failed"][0]["log"]).exists()
+    log = Path(found["failed"][0]["log"])
+    assert "nowhere" in err and log.exists()
     broken.write_text(whole)
     code, out, err = said("compare", "lora", "strlora", "--seeds", "0", "--json")
     found = json.loads(out)
     assert code == 0 and "1 of 2 runs were finished before" in err and "finished   strlora" in err
     assert {r["metric"] for r in found["scores"]} == {"MAP", "MAF", "final AP"} and "1 seed: this ranks nothing" in found["caution"]
     assert [r["time / lora"] for r in found["costs"]][0] == 1 and found["costs"][0]["extra samples"] == 0
-    assert not list(Path("scratch").rglob("*.log")) and not list(Path("results").rglob("*.log"))
+    assert list(Path("scratch").rglob("*.log")) == [log] and not list(Path("results").rglob("*.log")), "what failed keeps its log"
     broken.write_text(whole.replace("r = 8", "r = 16"))
-    code, _, err = said("compare", "lora", "strlora", "--seeds", "0")
-    assert code == 2 and "settings.r is 8 there and 16 here" in err
+    rows = json.loads(said("compare", "lora", "strlora", "--seeds", "0", "--dry-run", "--json")[1])
+    assert [row["status"] == "finished" for row in rows] == [True, False], "other settings have a folder of their own"
 
 
 COMPARE = ["compare", "lora", "strlora", "--seeds", "0", "--jobs", "2", "--limit", "400"]
