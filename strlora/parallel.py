@@ -184,8 +184,8 @@ class Board:
         self.lines = 0
 
     def draw(self) -> None:
-        "The table in a terminal; elsewhere a line a minute."
-        if not self.terminal and time.monotonic() - self.start - self.said < 60: return
+        "The table in a terminal, every two seconds; elsewhere a line a minute."
+        if time.monotonic() - self.start - self.said < (2 if self.terminal else 60): return
         self.said, wide = time.monotonic() - self.start, shutil.get_terminal_size().columns - 1
         labels = dict.fromkeys(r.label for r in self.runs)
         rows = [row_of(label, [r for r in self.runs if r.label == label]) for label in labels] if self.terminal else []

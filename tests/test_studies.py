@@ -134,6 +134,7 @@ def test_toml_that_would_not_read_back_is_refused(odd):
 
 # ---------------------------------------------------------------- processes
 
+@pytest.mark.slow
 def test_compare_runs_keeps_and_tells_of_failures(place):
     "One method works, one fails; the second time nothing is run again but the failed."
     broken = Path("experiments/mini/windows/strlora.toml")
