@@ -293,8 +293,8 @@ def test_only_the_current_pair_moves_bit_by_bit(base):
             assert moved == [chunk], f"{name} after chunk {chunk + 1}"
 
 
-def test_pairs_see_the_same_scale_as_plain_lora(base):
-    ours, lora = (session(base, f"method={m}", *p).trainer for m, p in (("olora", ["num_experts=4"]), ("lora", [])))
+def test_a_pair_has_the_scale_of_a_lora_of_its_rank(base):
+    ours, lora = (session(base, f"method={m}", *p).trainer for m, p in (("olora", ["num_experts=4"]), ("lora", ["lora_alpha=512"])))
     with torch.no_grad():
         for a, b in zip(banks(ours.model).values(), banks(lora.model).values()):
             torch.nn.init.normal_(b.B)

@@ -24,14 +24,14 @@ class OLoraSettings(AdapterSettings):
     def __post_init__(self):
         for name in ("olora_weight", "olora_l2"): check_number(self, name, 0)
 
-# %% ../../nbs/13g_olora.ipynb #d811ca11
+# %% ../../nbs/13g_olora.ipynb #548d20c6
 def olora_adapter(
     settings: OLoraSettings,  # rank, pairs, scale, dropout
 ) -> Any:                     # a `StrLoraConfig`
-    "All pairs in one bank behind a constant router, each with the scale of plain LoRA."
+    "All pairs in one bank behind a constant router, each with the scale of a LoRA of its own rank."
     from strlora.tuner.config import StrLoraConfig
     return StrLoraConfig(r=settings.r, num_experts=settings.num_experts, router="constant", init_experts=settings.init_experts,
-                         top_k=None, kl_weight=0.0, lora_alpha=settings.lora_alpha * settings.num_experts,
+                         top_k=None, kl_weight=0.0, lora_alpha=settings.lora_alpha * settings.num_experts**2,
                          lora_dropout=settings.lora_dropout, task_type="CAUSAL_LM")
 
 # %% ../../nbs/13g_olora.ipynb #d7f1dc26
