@@ -20,6 +20,11 @@ plain="--set stream.chunk_size=400 --set eval.every=5 --set routing_every=0"
         out=scratch/rates/$method-$lr-100
         echo "once $out --method $method --seed 100 --set lr=$lr --set lr_later=$lr $plain --out $out"
     done; done
+    # LoRA once more below its best rate, and the two that are close on a second seed; the released preset once
+    for run in lora-2.5e-4-100 lora-5e-4-101 lora-1e-3-101 strlora_released-1e-3-100; do
+        method=${run%%-*} seed=${run##*-} lr=${run#*-} lr=${lr%-*} out=scratch/rates/$run
+        echo "once $out --method $method --seed $seed --set lr=$lr --set lr_later=$lr $plain --out $out"
+    done
     # how stage 1 is trained
     for seed in 100 101; do for stage1 in prior straight_through frozen; do
         [ $stage1-$seed = prior-100 ] && continue  # it is among the rates
