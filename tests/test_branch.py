@@ -362,3 +362,18 @@ def test_the_penalty_reaches_keys_and_nothing_else(base):
     part.loss = loss
     trainer.fit(dataclasses.replace(job.seen, chunks=job.seen.chunks[:1]))
     assert {n.rpartition(".keys.")[2] for n in found["names"]} == {"text"} and len(found["names"]) == 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_every_trainable_parameter_of_branchlora_is_in_the_graph(weight):
+    "Data-parallel training refuses a parameter that is declared trainable and reached by no gradient."
+    from tiny import batch, internvl
+
+    from peft import get_peft_model
+    from strlora.methods.branchlora import BranchLoraSettings, branchlora_adapter
+    config = branchlora_adapter(BranchLoraSettings(r=8, align_weight=weight))
+    model = get_peft_model(internvl(), config).train()
+    model(**batch(model)).loss.backward()
+    keys = [n for n, p in model.named_parameters() if ".keys." in n and p.requires_grad]
+    assert bool(keys) == (weight > 0)
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -407,3 +407,16 @@ def test_two_processes_train_as_one(base, tmp_path):
 def test_absorbing_nothing_changes_nothing():
     known = stream([inputs()], 8)
     assert absorb(known, torch.zeros(48, 0), 0, 0.0, 8) is known and SimpleNamespace(**vars(known)).weight == 600
+
+
+def test_a_process_without_samples_adds_nothing_to_a_survey():
+    from types import SimpleNamespace
+
+    from strlora.methods.survey import Survey, nothing, share_of
+    from strlora.moe.spectrum import Spectrum, observe
+    ranks = [SimpleNamespace(seed=0, chunk=1, samples="ab", accelerator=SimpleNamespace(process_index=r, num_processes=3)) for r in range(3)]
+    shares = [share_of(run, 8) for run in ranks]
+    assert sorted(s for mine, own in shares if own for s in mine) == ["a", "b"] and [own for _, own in shares] == [True, True, False]
+    assert len(shares[2][0]) == 1, "it goes along"
+    sums = nothing(Survey({"q": torch.ones(4)}, {"q": torch.ones(4)}, {"q": observe(Spectrum.empty(6), torch.randn(20, 6), 3)}))
+    assert not sums.usage["q"].any() and not sums.importance["q"].any() and not sums.spectra["q"].columns().any()

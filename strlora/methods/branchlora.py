@@ -55,7 +55,9 @@ def branchlora_adapter(
 ) -> Any:                          # a `StrLoraConfig`
     "Trunk, branches, routers and keys."
     from strlora.tuner.config import StrLoraConfig
-    options = {"tasks": settings.max_tasks, "top_k": settings.top_k, "threshold": settings.threshold, "image_key": settings.image_key}
+    aligned = settings.align_weight > 0  # without it no gradient reaches a key: text keys stay at the centroids, image keys mean nothing
+    options = {"tasks": settings.max_tasks, "top_k": settings.top_k, "threshold": settings.threshold,
+               "image_key": settings.image_key and aligned, "train_keys": aligned}
     return StrLoraConfig(task_type="CAUSAL_LM", r=settings.r, num_experts=settings.num_experts, lora_alpha=settings.lora_alpha,
                          lora_dropout=settings.lora_dropout, init_experts=settings.init_experts, bank="branch", router="branch",
                          router_options=options, penalty_options={"align": settings.align_weight}, kl_weight=0.0,

@@ -21,7 +21,7 @@ from ..tuner.model import group_of
 from ..tuner.state import layers_of
 
 # %% auto #0
-__all__ = ['PASS', 'input_of', 'share_of', 'Watch', 'Survey', 'survey', 'exchanged', 'joined']
+__all__ = ['PASS', 'input_of', 'share_of', 'nothing', 'Watch', 'Survey', 'survey', 'exchanged', 'joined']
 
 # %% ../../nbs/13j_survey.ipynb #9f7339b0
 PASS = 8  # samples of one forward pass
@@ -37,11 +37,20 @@ def input_of(
 def share_of(
     run: Any,      # the trainer: chunk, samples, seed, accelerator
     samples: int,  # of the chunk, over all processes
-) -> list[Any]:    # at least one
-    "The samples of the chunk that this process surveys."
+) -> tuple[list[Any], bool]:  # at least one, and whether they count
+    "The samples of the chunk that this process surveys; one without any goes along with a sample that does not count."
     order = np.random.default_rng([run.seed, run.chunk, 1]).permutation(len(run.samples))[:samples].tolist()
-    mine = order[run.accelerator.process_index::run.accelerator.num_processes] or order[:1]
-    return [run.samples[i] for i in mine]
+    mine = order[run.accelerator.process_index::run.accelerator.num_processes]
+    return [run.samples[i] for i in mine or order[:1]], bool(mine)
+
+
+def nothing(
+    sums: Any,  # a `Survey`
+) -> Any:       # of the same shape
+    "A survey that adds nothing to those of other processes."
+    empty = {name: dataclasses.replace(s, weight=0.0) for name, s in sums.spectra.items()}
+    usage, importance = ({name: 0 * x for name, x in d.items()} for d in (sums.usage, sums.importance))
+    return Survey(usage, importance, empty)
 
 # %% ../../nbs/13j_survey.ipynb #8d7e6d24
 class Watch:
@@ -93,7 +102,7 @@ def survey(
     "Send some samples of the chunk through the model as it is, and look."
     usage: dict[str, Tensor] = {}
     importance: dict[str, Tensor] = {}
-    mine, tokens = share_of(run, samples), 0
+    (mine, own), tokens = share_of(run, samples), 0
     with Watch(run.model, keep) as watch, evaluating(run.model):
         for i in range(0, len(mine), PASS):
             batch = run.batch(mine[i:i + PASS])
@@ -104,7 +113,8 @@ def survey(
                 usage[name] = usage.get(name, 0) + weights.sum(0)
                 importance[name] = importance.get(name, 0) + watch.lengths[input_of(name)] @ weights
             tokens += int(watch.real.sum())
-    return exchanged(run.accelerator, Survey(usage, importance, watch.spectra), len(mine), tokens, keep)
+    sums = Survey(usage, importance, watch.spectra)
+    return exchanged(run.accelerator, sums if own else nothing(sums), own * len(mine), own * tokens, keep)
 
 # %% ../../nbs/13j_survey.ipynb #0ed12327
 def exchanged(

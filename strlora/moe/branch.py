@@ -107,7 +107,6 @@ def first_token(
 # %% ../../nbs/07e_branch.ipynb #fe4c71d9
 class BranchRouter(nn.Module):
     "One linear router a pseudo-task, on the first token of the prompt: one choice of branches a sample and layer."
-    frozen_names: frozenset[str] = frozenset()
     reads_instruction = True
 
     def __init__(
@@ -119,17 +118,20 @@ class BranchRouter(nn.Module):
         top_k: int | None = 2,   # branches of a sample
         threshold: float = 0.7,  # of `PseudoTasks`
         image_key: bool = True,  # also a key for the picture
+        train_keys: bool = True, # whether a penalty reaches the keys; if not they are frozen where they start
     ):
         super().__init__()
         self.top_k = top_k
         start = torch.empty(1, experts, d_in).uniform_(-d_in ** -0.5, d_in ** -0.5)
         self.weight = nn.Parameter(start.repeat(tasks, 1, 1))
         self.keys, self.leads = TaskKeys(d_text, tasks, threshold, image_key), True
+        self.keys.requires_grad_(train_keys)
+        self.frozen_names = frozenset(name for name, p in self.named_parameters() if not p.requires_grad)
 
     def join(self, first: "BranchRouter") -> None:
         "Use the keys of another router; not registered here, so that they are saved and trained once."
         del self.keys
-        self.__dict__["keys"], self.leads = first.keys, False
+        self.__dict__["keys"], self.leads, self.frozen_names = first.keys, False, frozenset()
 
     def open(self, old: int, new: int) -> None:
         "The routers of the pseudo-tasks from `old` to `new` start as copies of the last one before them."
