@@ -24,6 +24,7 @@ def test_method(bench, method, name):
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_is_tuned_exists_and_keeps_to_the_budget(method):
+    if METHODS[method].follows: pytest.skip(f"{method} takes the settings of {METHODS[method].follows}")
     check_method(method)
     start = defaults(method)
     settings = [s for name in stages(method, False) for s in stage(method, name, start)]

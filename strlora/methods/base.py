@@ -74,6 +74,7 @@ class Method:
     memory: bool = False                               # whether samples of earlier chunks are kept and seen again
     weights: tuple[str, ...] = ()                      # settings that weigh its penalty terms; zero switches one off
     knobs: Mapping[str, tuple] = dataclasses.field(default_factory=dict)  # setting → values tried beside its default
+    follows: str = ""                                  # the method whose search settles its settings, too; "": it has its own
     neighbour: str = "lora"                            # the method it is nearest to and must differ from; "": none
     grows: str = ""                                    # how its state grows with the stream; "": it must not
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)    # part → what a table cannot read off the code

@@ -124,4 +124,4 @@ class Consolidation(Part):
 # %% ../../nbs/13d_ewc.ipynb #337190a2
 EWC = Method("ewc", "LoRA held near past weights, each as firmly as past answers depend on it", EwcSettings,
              adapter=single_expert, penalty=Consolidation, weights=("settings.ewc_weight",),
-             knobs={"settings.ewc_weight": (5.0, 500.0), "settings.ewc_variant": ("separate",)})
+             knobs={"settings.ewc_weight": (10.0, 200.0), "settings.ewc_variant": ("separate",)})

@@ -85,4 +85,4 @@ class Distillation(Part):
 # %% ../../nbs/13e_lwf.ipynb #4624d61b
 LWF = Method("lwf", "LoRA that stays close to its own earlier answers, on the data of the day", LwfSettings,
              adapter=single_expert, penalty=Distillation, weights=("settings.lwf_weight",),
-             knobs={"settings.lwf_weight": (0.3, 3.0)})
+             knobs={"settings.lwf_weight": (0.1, 0.3)})

@@ -61,4 +61,4 @@ def _penalty(settings: MoeLoraSettings) -> LoadBalance: return LoadBalance(setti
 
 MOELORA = Method("moelora", "experts mixed for every token by a softmax over its hidden state", MoeLoraSettings,
                  adapter=moelora_adapter, penalty=_penalty, weights=("settings.balance_weight",),
-                 knobs={"settings.balance_weight": (0.01,), "settings.lora_alpha": (512.0,)})
+                 knobs={"settings.balance_weight": (0.01,), "settings.top_k": (2,)})

@@ -52,6 +52,6 @@ def smolora_adapter(
 
 
 SMOLORA = Method("smolora", "one expert by what is seen, one by what is asked, fused for every token", SmoLoraSettings,
-                 adapter=smolora_adapter, knobs={"settings.instruction_norm": ("none",), "settings.lora_alpha": (256.0,)})
+                 adapter=smolora_adapter, knobs={"settings.instruction_norm": ("none",), "settings.share_routers": (True,)})
 SMOLORA_RELEASED = Method("smolora_released", "SMoLoRA with the untrained gates of the official code",
                           SmoLoraReleasedSettings, adapter=smolora_adapter, neighbour="smolora")

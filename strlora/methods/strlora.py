@@ -186,7 +186,7 @@ class FrozenSettings(StrLoraSettings):
 
 # %% ../../nbs/13c_strlora.ipynb #bd7a0e04
 ABLATIONS = tuple(Method(f"strlora_{name}", summary, settings, adapter=strlora_adapter, penalty=_penalty, update=_freeze,
-                         weights=("settings.kl_weight",), knobs={}, neighbour="strlora")
+                         weights=("settings.kl_weight",), follows="strlora", neighbour="strlora")
                   for name, summary, settings in (
     ("select", "StrLoRA without stage 2: experts by instruction only", SelectSettings),
     ("weigh", "StrLoRA without stage 1: experts by token only", WeighSettings),
