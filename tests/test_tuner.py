@@ -110,6 +110,7 @@ def test_missing_or_wrong_mask(task_type):
     with pytest.raises(SignalError, match="row 1"): model(**(given | {"instruction_mask": mask & torch.tensor([[True], [False]])}))
     with pytest.raises(SignalError, match="row 1"): model.generate(**(prompt(given) | {"instruction_mask": mask & torch.tensor([[True], [False]])}))
     with pytest.raises(SignalError, match="truth values"): model(**(given | {"instruction_mask": mask.float()}))
+    with pytest.raises(SignalError, match="image tokens"): model(**(given | {"instruction_mask": torch.ones_like(mask)}))
     assert CALL.get() is None and PROMPT.get() is None
     expected = model(**given).logits
     assert torch.equal(model(**(given | {"instruction_mask": mask.long()})).logits, expected)
@@ -672,10 +673,7 @@ def test_plain_string_registration_as_fallback(monkeypatch, tmp_path):
     mapping = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     assert mapping["STRLORA"] is strlora.StrLoraConfig
     for name in ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING"):
-        table = getattr(peft.mapping, name)
-        saved = table.pop("STRLORA")
-        monkeypatch.setitem(table, "STRLORA", saved)
-        del table["STRLORA"]
+        monkeypatch.delitem(getattr(peft.mapping, name), "STRLORA")
 
     def locked(*_): raise TypeError("locked")
     monkeypatch.setattr(module, "add_member", locked)
