@@ -104,7 +104,8 @@ class Bench:
     def spec(self, method: str, *pairs: str) -> RunSpec:
         "A run of seconds."
         names = [f.name for f in fields(METHODS[method].settings)]
-        small = [pair for pair in ("settings.r=32", "settings.lora_dropout=0.0") if pair[9:].split("=")[0] in names]
+        wanted = ("settings.r=32", "settings.lora_dropout=0.0", "settings.freeze_after=1")  # in three steps all shall have happened
+        small = [pair for pair in wanted if pair[9:].split("=")[0] in names]
         return resolve(override({}, [f"method={method}", f"model.base={self.base!r}", *SHORT, *small, *pairs]))
 
     def trial(self, method: str, *pairs: str) -> Trial:

@@ -10,6 +10,7 @@ from strlora.core import sourced
 from strlora.methods.base import AdapterSettings, Method, Part, single_expert
 from strlora.moe.experts import Routing
 from strlora.moe.layer import BLIND, ROUTERS, TwoStageRouter
+from strlora.moe.signal import prompt_mean
 from strlora.trial import Bench, known
 
 
@@ -65,6 +66,13 @@ class OfAllTokens(Scores):
     def weights(self, hidden, context): return (40 * hidden.mean(1) @ self.score[:, :1].expand(-1, hidden.shape[-1]).T).softmax(-1)[:, None]
 
 
+class AgainEachStep(Scores):
+    "Decides by the prompt, but while decoding by the token at hand."
+    def weights(self, hidden, context):
+        seen = hidden.mean(1) if context.prompt is None else prompt_mean(hidden, context.prompt)
+        return (40 * seen @ self.score[:, :1].expand(-1, hidden.shape[-1]).T).softmax(-1)[:, None]
+
+
 class Forgetful(Scores):
     "Keeps a number that is neither parameter nor buffer."
     def __init__(self, d_in, d_text, experts, **_):
@@ -75,7 +83,7 @@ class Forgetful(Scores):
 
 
 MADE_UP = {"scores": Scores, "one_hot": OneHot, "mask_only": MaskOnly, "of_the_batch": OfTheBatch, "of_all_tokens": OfAllTokens,
-           "forgetful": Forgetful}
+           "again_each_step": AgainEachStep, "forgetful": Forgetful}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,6 +173,7 @@ FAULTS = {
     "a mask-only stage 1, declared trainable": (routing("mask_only"), "routers learn", "text_router"),
     "one routing for a batch": (routing("of_the_batch"), "samples are alone", "in a batch"),
     "a routing that reads the answer": (routing("of_all_tokens"), "routing holds", "with the answer behind it"),
+    "a routing that decoding decides anew": (routing("again_each_step"), "routing holds", "in generation"),
     "a base that moves": (updated(MovesTheBase), "the base stays", "embed_tokens"),
     "a base with a hook": (updated(HooksTheBase), "the adapter goes", "base model's logits"),
     "a number that is not saved": (routing("forgetful"), "saving keeps", "buffers"),
