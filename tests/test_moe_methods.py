@@ -162,7 +162,7 @@ def test_a_step_without_its_prompt_is_refused(name):
         cache = model(**given, use_cache=True).past_key_values
         with pytest.raises(SignalError): model(input_ids=token, past_key_values=cache)
         with model.base_model.instructed(given["instruction_mask"], given["input_ids"]):
-            with pytest.raises(SignalError, match="visual gate"): model(input_ids=token, past_key_values=cache)
+            with pytest.raises(SignalError, match="no earlier decision"): model(input_ids=token, past_key_values=cache)
             cache = model(**plain(given), use_cache=True).past_key_values
             assert model(input_ids=token, past_key_values=cache).logits.isfinite().all()
 

@@ -81,6 +81,7 @@ def quadratic(
 # %% ../../nbs/13d_ewc.ipynb #8098b8ae
 class Consolidation(Part):
     "The quadratic term, and what it remembers of past chunks."
+    keeps = "Fisher and anchor, each as many numbers as are trained"
 
     def __init__(
         self,

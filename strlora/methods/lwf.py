@@ -54,6 +54,7 @@ def teacher_logits(
 # %% ../../nbs/13e_lwf.ipynb #5ac2120b
 class Distillation(Part):
     "The divergence from the adapter at the start of the chunk."
+    keeps = "the trained weights at the start of the chunk"
     over_answers = True
 
     def __init__(

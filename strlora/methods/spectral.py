@@ -95,6 +95,7 @@ class Facts:
 # %% ../../nbs/13j_spectral.ipynb #d579819d
 class Remembering(Part):
     "Knows the chunks before, by a survey at the end of each."
+    keeps = "leading eigenpairs of every input, importance of every expert"
 
     def __init__(
         self,

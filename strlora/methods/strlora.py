@@ -143,11 +143,12 @@ class FreezeRouters(Part):
             if ".strlora_router." in name: parameter.grad = None
 
 # %% ../../nbs/13c_strlora.ipynb #fe22258e
-def _penalty(settings: StrLoraSettings) -> RoutingStability:
-    return RoutingStability(settings.kl_weight, settings.kl_from_chunk)
+def _penalty(settings: StrLoraSettings) -> Part | None:
+    return RoutingStability(settings.kl_weight, settings.kl_from_chunk) if settings.kl_weight else None
 
 
-def _freeze(settings: StrLoraSettings) -> FreezeRouters: return FreezeRouters(settings.freeze_from_chunk)
+def _freeze(settings: StrLoraSettings) -> Part | None:
+    return FreezeRouters(settings.freeze_from_chunk) if settings.freeze_from_chunk else None
 
 
 KNOBS = {"settings.kl_weight": (0.03, 0.3), "settings.ema_decay": (0.99,)}
