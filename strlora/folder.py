@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'hardware', 'provenance', 'parameter_counts',
-           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'same_run', 'replacing']
+           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed', 'same_run', 'replacing']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
 import contextlib
@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 
 from . import checkpoint
 from .core import CheckpointError, SpecError, atomic_file, read_json
-from .spec import EXECUTION, RunSpec, as_dict, digest
+from .spec import EXECUTION, RunSpec, as_dict, digest, resolve
 
 # %% ../nbs/14a_folder.ipynb #efb7523e
 SCHEMA = 1
@@ -146,12 +146,20 @@ def status_of(
     return info_of(folder)["status"] if (Path(folder)/"run.json").exists() else "absent"
 
 # %% ../nbs/14a_folder.ipynb #baa58f8b
+def completed(
+    spec: Mapping[str, Any],  # of a run, perhaps by an older version of this package
+) -> dict[str, Any]:
+    "A stored spec with the settings that did not exist then at their defaults: what a run does by default does not change its meaning."
+    with contextlib.suppress(SpecError): return as_dict(resolve(spec))
+    return dict(spec)  # settings that no longer exist: nothing equals it
+
+
 def same_run(
     folder: Path,   # of a run
     spec: RunSpec,  # asked for
 ) -> None:
     "A `CheckpointError` with the settings that differ, unless this run is the one that is asked for."
-    changed = checkpoint.differences(info_of(folder)["spec"], as_dict(spec), EXECUTION)
+    changed = checkpoint.differences(completed(info_of(folder)["spec"]), as_dict(spec), EXECUTION)
     if not changed: return
     listed = "; ".join(f"{k} is {now!r} here and {then!r} in that run" for k, (then, now) in changed.items())
     raise CheckpointError(f"a run of another spec: {listed}", where=folder,

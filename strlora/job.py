@@ -7,6 +7,7 @@ __all__ = ['load_model', 'wrap', 'image_encoder', 'make_stream', 'samples_of', '
 
 # %% ../nbs/14a_job.ipynb #3b135616
 import functools
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from .core import SpecError
 from .evaluation import Prompts, evaluate, prepare, routing
+from .features import SHARED, encoder_of
 from .folder import parameter_counts
 from .methods.table import METHODS
 from .spec import RunSpec
@@ -61,14 +63,7 @@ def image_encoder(
 ) -> Callable[[Sequence[Any]], list[torch.Tensor]] | None:
     "A function from samples to the image features of each; None where pictures must pass through at every step."
     if spec.train.train_projector or model.config.model_type != "strlora_mini": return None
-    from strlora.backbones.mini import encode_images, pixel_values
-
-    def encode(samples: Sequence[Any]) -> list[torch.Tensor]:
-        pixels = pixel_values([image for s in samples for image in s.images], model.config.vision_config.image_size)
-        features = encode_images(model, pixels.to(model.device))
-        return list(features.split([len(s.images) for s in samples]))
-
-    return encode
+    return encoder_of(model, os.environ.get(SHARED))
 
 
 def make_stream(

@@ -22,7 +22,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from .core import CheckpointError, SpecError, read_json
-from .folder import PACKAGE, folder_of, info_of, status_of
+from .features import SHARED
+from .folder import PACKAGE, completed, folder_of, info_of, status_of
 from .methods.table import METHODS
 from .request import asked
 from .progress import clock
@@ -61,7 +62,7 @@ def settle(
     "What is in the folder of a run; a run with other settings is a `SpecError`."
     status = status_of(run.folder)
     if status == "absent": return status
-    there, wanted = flat(info_of(run.folder)["spec"]), flat(as_dict(run.spec))
+    there, wanted = flat(completed(info_of(run.folder)["spec"])), flat(as_dict(run.spec))
     odd = [k for k in sorted({*there, *wanted}) if k not in EXECUTION and there.get(k) != wanted.get(k)]
     if odd:
         found = "; ".join(f"{k} is {there.get(k)!r} there and {wanted.get(k)!r} here" for k in odd)
@@ -77,7 +78,8 @@ def begin(
     fresh = settle(run) == "absent"
     words = ["run", *run.words, "--out", str(run.folder)] if fresh else ["resume", str(run.folder)]
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = {SHARED: str(Path("scratch", "features").resolve()), **os.environ, "PYTHONPATH": path,
+           "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with open(run.log, "wb") as log:
         run.process = subprocess.Popen([sys.executable, "-m", "strlora.cli", *words], env=env, stdout=subprocess.DEVNULL,
