@@ -142,12 +142,12 @@ def _one_scale(runs: Run | Iterable[Run]) -> list[Run]:
 def labels(
     runs: Sequence[Run],    # loaded runs
 ) -> list[str]:             # one a run: the method, and the settings in which its runs differ
-    "Names that tell the runs of one method apart where more than the seed differs."
+    "Names that tell the runs of one method apart where more than the seed differs; older runs do not know newer settings."
     flat = [_flat({k: v for k, v in r.info["spec"].items() if k != "method"}) for r in runs]
     names = []
     for run, mine in zip(runs, flat, strict=True):
         peers = [f for r, f in zip(runs, flat, strict=True) if r.method == run.method]
-        differ = sorted(k for k in set().union(*peers) if k not in SEEDS and len({json.dumps(p.get(k)) for p in peers}) > 1)
+        differ = sorted(k for k in set().union(*peers) if k not in SEEDS and len({json.dumps(p[k]) for p in peers if k in p}) > 1)
         names.append(run.method + (f" ({', '.join(f'{k}={mine.get(k)}' for k in differ)})" if differ else ""))
     return names
 

@@ -88,3 +88,16 @@ def test_again(base, tmp_path):
     before = folder.info_of(tmp_path/"run")
     assert said(*words, "--set", "seed=5", "--again")[0] == 0
     assert (before["spec"]["seed"], folder.info_of(tmp_path/"run")["spec"]["seed"]) == (0, 5)
+
+
+def test_an_older_run_has_new_settings_at_their_defaults(tmp_path):
+    "Adding a setting does not make every finished run another one; a setting that is gone does."
+    spec = resolve({"method": "lora"})
+    stored = as_dict(spec)
+    del stored["eval"]["prompts"], stored["train"]["threads"]
+    run = {"status": "finished", "method": "lora", "spec": stored}
+    write_json(tmp_path/"run.json", run)
+    folder.same_run(tmp_path, spec)
+    with pytest.raises(CheckpointError, match="eval.prompts"): folder.same_run(tmp_path, resolve({"method": "lora", "eval": {"prompts": 4}}))
+    write_json(tmp_path/"run.json", run | {"spec": stored | {"gone": 1}})
+    with pytest.raises(CheckpointError, match="gone"): folder.same_run(tmp_path, spec)

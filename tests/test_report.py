@@ -167,9 +167,13 @@ def test_scales_never_mix(runs):
 
 
 def test_labels_name_what_differs(runs):
-    other = Run(runs[0].folder, {**runs[0].info, "spec": {**runs[0].info["spec"], "train": {"lr": 0.1}}}, runs[0].stream, runs[0].predictions, None, None)
+    def at(**train):
+        info = {**runs[0].info, "spec": {**runs[0].info["spec"], "train": train}}
+        return Run(runs[0].folder, info, runs[0].stream, runs[0].predictions, None, None)
     assert report.labels([runs[0], runs[1]]) == ["strlora", "strlora"]
-    assert report.labels([runs[0], other]) == ["strlora (train.lr=None)", "strlora (train.lr=0.1)"]
+    assert report.labels([at(lr=0.2), at(lr=0.1)]) == ["strlora (train.lr=0.2)", "strlora (train.lr=0.1)"]
+    assert report.labels([at(lr=0.1), at(lr=0.1, new=0)]) == ["strlora"] * 2, "an older run does not know the setting"
+    assert report.labels([at(lr=0.1), at(lr=0.1, new=0), at(lr=0.1, new=1)])[2] == "strlora (train.new=1)"
 
 
 def test_compare(runs):
