@@ -10,6 +10,7 @@ __all__ = ['VERBS', 'parser', 'show_spec', 'do_run', 'build', 'do_resume', 'show
 import argparse
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -209,17 +210,17 @@ VERBS = {"run": do_run, "resume": do_resume, "eval": do_eval, "report": do_repor
 
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: of the process
-) -> int:                               # 0, or 2 after an error, or 130 after Ctrl-C
+) -> int:                               # 0, or 2 after an error, or 128 and the signal that stopped it: 130 after Ctrl-C
     "The command `strlora`."
     args = parser().parse_args(argv)
     try: return VERBS[args.verb](args)
     except BrokenPipeError: return 0
     except (StrLoraError, OSError, KeyboardInterrupt) as error:
         if args.debug: raise
-        stopped = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Interrupted"
+        by = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "signal", None)
         print(f"strlora: {str(error) or 'stopped'}" + (_kept(error) if isinstance(error, OSError) else ""),
               file=sys.stderr)
-        return 130 if stopped else 2
+        return 128 + by if by else 2
 
 
 def _kept(error: OSError) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'hardware', 'provenance', 'parameter_counts',
-           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed', 'same_run', 'replacing']
+           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed', 'same_run', 'locked', 'replacing']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
 import contextlib
@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .core import CheckpointError, SpecError, atomic_file, read_json
@@ -167,10 +168,28 @@ def same_run(
 
 
 @contextlib.contextmanager
+def locked(
+    folder: Path,  # of a run
+) -> Iterator[None]:
+    "Only one process writes a run; the lock lies beside the folder and ends with the process, however that ends."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try: lock.acquire()
+    except Timeout as error:
+        raise SpecError(expected="a folder that no other run is writing", found="one in use", where=folder,
+                        remedy="Wait for that run, stop it, or choose another folder with --out.") from error
+    try: yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
 def replacing(
     folder: Path,  # of a run
 ) -> Iterator[None]:
     "Move a run aside; it is removed once the block has begun another, and comes back if the block fails before."
+    with locked(folder): "Nobody is writing here."
     known = {"run.json", "stream.json", "checkpoint", "parts", ".parts.done"}
     foreign = [p.name for p in folder.iterdir() if p.name not in known and p.suffix not in (".parquet", ".png")
                and ".checkpoint." not in p.name]

@@ -93,7 +93,7 @@ def ended(
     "Look whether a run has ended, and how; the log of a finished one is removed."
     code = run.process.poll()
     if code is None: return False
-    stopped = code in (130, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
+    stopped = code in (130, 143, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
     run.state = "finished" if code == 0 else "stopped" if stopped else "failed"
     if code == 0: run.log.unlink(missing_ok=True)
     return True

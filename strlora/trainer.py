@@ -269,14 +269,16 @@ def restore(
     run: Trainer,                    # freshly made with the same settings
     adapter: Mapping[str, Tensor],   # of the checkpoint
     state: Mapping[str, Any],        # of the checkpoint
-) -> None:
+) -> bool:                           # whether random generators go on, too: not with another number of processes
     "Put a trainer where it was."
     load_adapter_state(run.model, adapter)
     run.optimizer.load_state_dict(state["optimizer"])
     for name, part in run.parts.items(): part.load_state_dict(state["parts"][name])
     for name, value in state["position"].items(): setattr(run, name, value)
     run.rows = list(state["rows"])
-    if len(state["random"]) != run.accelerator.num_processes:
-        raise TrainingError(expected=f"{len(state['random'])} processes", found=run.accelerator.num_processes, where="resume",
-                            remedy="Resume with as many processes as the run was started with.")
-    set_random_state(state["random"][run.accelerator.process_index])
+    rank = run.accelerator.process_index
+    if len(state["random"]) == run.accelerator.num_processes:
+        set_random_state(state["random"][rank])
+        return True
+    torch.manual_seed(((run.seed * 1000 + rank) * 10**6 + run.total) % 2**63)
+    return False

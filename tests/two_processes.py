@@ -1,0 +1,45 @@
+"Methods trained for two short chunks, by one process or as one of several: `python two_processes.py BASE OUT METHOD...`"
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from small import short_spec
+
+from strlora import checkpoint
+from strlora.core import write_json
+from strlora.job import Job
+
+LARGE = ("stream.chunks=2", "chunk_size=10", "lora_dropout=0.0", "save_every=0", "grad_norm_every=0", "lr=5e-3", "lr_later=5e-3",
+         "weight_decay=0.0", "r=32")
+OWN = {"same": ("freeze_after=1",)}  # within the few steps of a chunk
+
+
+def learned(base: str, method: str, *pairs: str) -> tuple[dict, dict]:
+    "Everything that must not depend on the number of processes: numbers of the steps, answers, routing; tensors of adapter and parts."
+    job, steps = Job(short_spec(base, f"method={method}", *LARGE, *OWN.get(method, ()), *pairs)), []
+    job.trainer.fit(job.seen, Steps(steps))
+    state, tensors = checkpoint.pack({name: part.state_dict() for name, part in job.trainer.parts.items()})
+    kept = {f"adapter/{n}": t for n, t in checkpoint.adapter_state(job.model).items()} | {f"state/{n}": t for n, t in tensors.items()}
+    answers = [{k: row[k] for k in ("sample_id", "prediction")} for row in job.ask("proxy", 2)]
+    return {"world": job.accelerator.num_processes, "steps": steps, "answers": answers, "routing": job.route(2), "state": state}, kept
+
+
+class Steps:
+    def __init__(self, found): self.found = found
+
+    def step_done(self, run, row): self.found.append({k: v for k, v in row.items() if k not in ("seconds", "grad_norm")})
+
+    def chunk_trained(self, run): "Nothing to do."
+
+    def chunk_done(self, run): "Nothing to do."
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for method in sys.argv[3:]:
+        found, tensors = learned(sys.argv[1], method, "batch_size=2")
+        out = Path(sys.argv[2], f"{method}-{os.environ['RANK']}")
+        write_json(out.with_suffix(".json"), found)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, out.with_suffix(".safetensors"))
