@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import checkpoint
+from .card import write_card
 from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_json, write_json
 from .folder import finish, info_of, locked, merge_rows, provenance, status_of, write_rows
 from .job import Job
@@ -209,6 +210,7 @@ def follow(
             if main: note(folder, info, "interrupted" if stopped else "failed", started)
         raise
     if main: finish(folder)
+    if main and job.trains: write_card(folder)
     if main: note(folder, {**info, "state": state_size(job)}, "finished", started)
     job.accelerator.wait_for_everyone()
     return folder

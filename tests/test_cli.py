@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 
@@ -110,7 +111,7 @@ def test_resume_says_where_and_takes_settings_of_execution(base, tmp_path, monke
     from strlora import runs
     true = runs.Recorder.step_done
     def press(self, run, row):
-        if run.total == 4: self.stop = True
+        if run.total == 4: self.stop = signal.SIGINT
         true(self, run, row)
     monkeypatch.setattr(runs.Recorder, "step_done", press)
     code, _, err = said("run", *sets(base), "--out", tmp_path/"run")
