@@ -118,12 +118,13 @@ def steps_of(
 
 def position_of(
     run: Child,          # started or not
-) -> tuple[int, int]:    # running chunk, optimizer steps done
+) -> tuple[int, int]:    # running chunk, optimizer steps done, counted as in `steps_of`
     "Where a run is, as its last checkpoint says."
     if run.state == "finished" or status_of(run.folder) == "finished": return run.spec.stream.chunks, steps_of(run.spec)
     with contextlib.suppress(CheckpointError):  # none yet, or just being replaced
         found = read_json(run.folder/"checkpoint"/"state.json")["state"]["position"]
-        return found["chunk"], found["total"]
+        each = steps_of(run.spec) // run.spec.stream.chunks  # a method that replays samples takes more steps, but not more chunks
+        return found["chunk"], found["total"] if found["chunk"] == 1 else (found["chunk"] - 1) * each + min(found["step"], each)
     return 1, 0
 
 
