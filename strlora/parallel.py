@@ -26,7 +26,7 @@ from .folder import PACKAGE, folder_of, info_of, status_of
 from .methods.table import METHODS
 from .request import asked
 from .progress import clock
-from .runs import Interrupted
+from .runs import Interrupted, spec_in
 from .spec import EXECUTION, RunSpec, as_dict, flat
 
 # %% ../nbs/14b_parallel.ipynb #54ffd04c
@@ -61,7 +61,8 @@ def settle(
     "What is in the folder of a run; a run with other settings is a `SpecError`."
     status = status_of(run.folder)
     if status == "absent": return status
-    there, wanted = flat(info_of(run.folder)["spec"]), flat(as_dict(run.spec))
+    stored = spec_in(run.folder, info_of(run.folder))      # with the defaults of settings that are younger than the run
+    there, wanted = flat(as_dict(stored)), flat(as_dict(run.spec))
     odd = [k for k in sorted({*there, *wanted}) if k not in EXECUTION and there.get(k) != wanted.get(k)]
     if odd:
         found = "; ".join(f"{k} is {there.get(k)!r} there and {wanted.get(k)!r} here" for k in odd)
