@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from .core import CheckpointError, read_json, unknown, write_json
 from .data.metrics import Definition, composition, sample_scores, score_matrix
-from .data.tasks import TASKS, score
+from .data.rules import KNOWN, score, score_rows, version_of
+from .data.tasks import TASKS
 
 # %% ../nbs/15a_artefacts.ipynb #8853576b
 COLUMNS = {
@@ -60,22 +61,27 @@ def _document(folder: Path, name: str, keys: Sequence[str]) -> dict[str, Any]:
 def rescore(
     predictions: pd.DataFrame,   # as stored
     where: object = None,        # file, for messages
+    rules: str = "strict",       # by which they were scored
 ) -> pd.DataFrame:               # the same with `score` computed anew
     "Score every stored answer again; a stored score that disagrees, or another version of the rule, is a `CheckpointError`."
-    keys = ["task", "prediction", "answer", "references"]
-    distinct = predictions[keys].drop_duplicates()
-    if strange := sorted(set(distinct["task"]) - set(TASKS)): raise unknown("task", strange[0], TASKS, where)
-    fresh = [score(r.task, r.prediction, r.answer, tuple(r.references.split("\n")) if r.references else ()) for r in distinct.itertuples()]
-    merged = predictions.merge(distinct.assign(_fresh=fresh), on=keys, how="left", validate="many_to_one")
-    versions = merged["task"].map({name: task.version for name, task in TASKS.items()})
-    for wrong, what, found in ((merged["task_version"].astype(str) != versions.astype(str), versions, merged["task_version"]),
-                               (~((merged["score"] - merged["_fresh"]).abs() < 1e-6), merged["_fresh"], merged["score"])):
+    predictions = predictions.reset_index(drop=True)
+    if strange := sorted(set(predictions["task"]) - set(KNOWN)): raise unknown("task", strange[0], KNOWN, where)
+    fresh, versions = _judged(predictions, rules)
+    for wrong, what, found in ((predictions["task_version"].astype(str) != versions.astype(str), versions, predictions["task_version"]),
+                               (~((predictions["score"] - fresh).abs() < 1e-6), fresh, predictions["score"])):
         if wrong.any():
-            row = merged[wrong].iloc[0]
+            row = predictions[wrong].iloc[0]
             raise CheckpointError(expected=f"{found.name.replace('_', ' ')} {what[wrong].iloc[0]}", found=found[wrong].iloc[0],
                                   where=f"{where}: task {row['task']}, sample {row['sample_id']}, after chunk {row['after_chunk']}",
                                   remedy="The scoring rule has changed since, or the file was edited: run `strlora eval` again.")
-    return merged.assign(score=merged["_fresh"]).drop(columns="_fresh")
+    return predictions.assign(score=fresh)
+
+
+def _judged(predictions: pd.DataFrame, rules: str) -> tuple[pd.Series, pd.Series]:
+    "Scores and versions of stored answers under a set of rules."
+    keys = ["after_chunk", "split", "task", "sample_id", "prediction", "answer", "references"]
+    fresh = pd.Series(score_rows(predictions[keys].to_dict("records"), rules), index=predictions.index, dtype=float)
+    return fresh, predictions["task"].map({task: version_of(task, rules) for task in predictions["task"].unique()})
 
 # %% ../nbs/15a_artefacts.ipynb #b0af9dca
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,6 +107,16 @@ class Run:
 
     @property
     def tasks(self) -> list[str]: return list(self.stream["tasks"])
+
+    @property
+    def rules(self) -> str: return self.info["spec"].get("eval", {}).get("rules", "strict")
+
+    def under(self, rules: str) -> "Run":
+        "The same answers, judged by the other set of rules."
+        fresh, versions = _judged(self.predictions, rules)
+        spec = {**self.info["spec"], "eval": {**self.info["spec"].get("eval", {}), "rules": rules}}
+        return Run(self.folder, {**self.info, "spec": spec}, self.stream, self.predictions.assign(score=fresh, task_version=versions),
+                   self.train, self.routing)
 
     @cached_property
     def counts(self) -> pd.DataFrame:
@@ -135,7 +151,8 @@ def load_run(
         raise CheckpointError(expected="the folder of a run", found="none", where=folder, remedy="Make one with `strlora run`.")
     info, stream = _document(folder, "run.json", RUN_KEYS), _document(folder, "stream.json", STREAM_KEYS)
     optional = {name: _frame(folder, name) if (folder / name).exists() else None for name in ("train.parquet", "routing.parquet")}
-    predictions = rescore(_frame(folder, "predictions.parquet"), folder / "predictions.parquet")
+    rules = info["spec"].setdefault("eval", {}).setdefault("rules", "strict")   # older runs could not choose
+    predictions = rescore(_frame(folder, "predictions.parquet"), folder / "predictions.parquet", rules)
     if predictions.empty:
         raise CheckpointError(expected="predictions", found="none yet", where=folder, remedy="Go on with `strlora resume`.")
     return Run(folder, info, stream, predictions, optional["train.parquet"], optional["routing.parquet"])

@@ -26,9 +26,10 @@ def loading(
     base: str,  # `mini`, a folder, or a name on the hub
 ) -> str:       # Python
     "The lines that put an adapter on its base model."
-    own = "model, processor = load_base()" if base == "mini" else f"model = AutoModelForImageTextToText.from_pretrained({base!r})"
-    source = "from strlora.backbones.mini import load_base" if base == "mini" else "from transformers import AutoModelForImageTextToText"
-    return f"import strlora\nfrom peft import PeftModel\n{source}\n\nstrlora.register()\n{own}\nmodel = PeftModel.from_pretrained(model, {HERE!r}).eval()"
+    source, make = ("strlora.backbones.mini", "load_base()[0]") if base == "mini" else (
+        "transformers", f"AutoModelForImageTextToText.from_pretrained({base!r})")
+    return "\n".join(["import strlora", "from peft import PeftModel", f"from {source} import {make.split('(')[0].split('.')[0]}", "",
+                      "strlora.register()", f"model = PeftModel.from_pretrained({make}, {HERE!r}).eval()"])
 
 # %% ../nbs/14f_card.ipynb #ac5a48a1
 MINI = ("StrCVIT-mini, rendered from seeds by this package", "apache-2.0")
@@ -69,8 +70,8 @@ def card_of(
     commit = f"{str(run.info.get('commit'))[:12]}{', changed' if run.info.get('dirty') else ''}"
     return "\n".join([
         "---", front_matter(run, found), "---", "", f"# {run.method} on the stream {run.stream['name']}, seed {run.seed}", "",
-        f"An adapter of `strlora` {run.info.get('versions', {}).get('strlora', '')} (commit {commit}), trained on {len(run.counts)} chunks, "
-        f"{int(run.counts.to_numpy().sum())} samples, in one pass. Trained parameters: {run.info.get('parameters', {}).get('trainable')}.", "",
+        f"An adapter of `strlora` {run.info.get('versions', {}).get('strlora', '')} (commit {commit}), "
+        f"trained on {len(run.counts)} chunks, {int(run.counts.to_numpy().sum())} samples, in one pass. Trained parameters: {run.info.get('parameters', {}).get('trainable')}.", "",
         "## Load it", "", "```python", loading(spec["model"]["base"]), "```", "",
         "## Scores", "", "In points of 100, from the stored answers to the proxy questions: "
         + ", ".join(f"{name} {value:.1f}" for name, value in found.items() if value == value) + ". After the last chunk:", "",

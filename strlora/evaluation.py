@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
-from .data.tasks import TASKS, score
+from .data.rules import KNOWN, score_rows, version_of
 from .objective import with_features
 
 # %% ../nbs/12_evaluation.ipynb #95c761b2
@@ -31,7 +31,7 @@ def limit_of(
     sample: Any,  # of a known task
 ) -> int:         # tokens
     "How many tokens an answer to this sample may take."
-    return TASKS[sample.task].max_new_tokens
+    return KNOWN[sample.task].max_new_tokens
 
 # %% ../nbs/12_evaluation.ipynb #2c1c2566
 def prepare(
@@ -89,14 +89,12 @@ def row(
     after_chunk: int,  # chunks seen; 0 before training
     split: str,        # "proxy" or "full"
 ) -> dict[str, Any]:   # a row of predictions.parquet
-    "One answer with its score."
+    "One answer, not yet scored."
     prediction = " ".join(prediction.split())
     return {"after_chunk": after_chunk, "split": split, "task": sample.task, "sample_id": sample.id,
             "form": sample.form,
             "prompt_hash": hashlib.sha256(sample.instruction.encode()).hexdigest()[:8],
-            "prediction": prediction, "answer": sample.answer, "references": "\n".join(sample.references),
-            "score": float(score(sample.task, prediction, sample.answer, sample.references)),
-            "task_version": TASKS[sample.task].version}
+            "prediction": prediction, "answer": sample.answer, "references": "\n".join(sample.references)}
 
 # %% ../nbs/12_evaluation.ipynb #c25735cd
 def evaluate(
@@ -106,13 +104,16 @@ def evaluate(
     after_chunk: int,                       # chunks seen
     split: str,                             # "proxy" or "full"
     accelerator: Any = None,                # shares the batches among its processes
+    rules: str = "strict",                  # "strict" or "released": how answers to the released test sets are scored
 ) -> list[dict[str, Any]]:                  # rows, in the order of task and sample
     "Ask everything and score it; with several processes each asks its share and all get all rows."
     rank, count, device = 0, 1, "cpu"
     if accelerator: rank, count, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     rows = [row(s, text, after_chunk, split) for s, text in answers(model, batches[rank::count], decode, device)]
     if accelerator: rows = gather_object(rows)
-    return sorted(rows, key=lambda r: (list(TASKS).index(r["task"]), r["sample_id"]))
+    rows.sort(key=lambda r: (list(KNOWN).index(r["task"]), r["sample_id"]))
+    return [{**r, "score": value, "task_version": version_of(r["task"], rules)}
+            for r, value in zip(rows, score_rows(rows, rules))]
 
 # %% ../nbs/12_evaluation.ipynb #d43149a0
 def routing_sums(

@@ -135,7 +135,8 @@ class Job:
 
     def ask(self, split: str, after_chunk: int, limit: int | None = None) -> list[dict[str, Any]]:
         "Answers of the model as it is, to at most `limit` questions of a task."
-        return evaluate(self.model, self.questions(split, limit), self.decode, after_chunk, split, self.accelerator)
+        return evaluate(self.model, self.questions(split, limit), self.decode, after_chunk, split, self.accelerator,
+                        self.spec.eval.rules)
 
     def route(self, after_chunk: int) -> list[dict[str, Any]]:
         "How the proxies are routed; nothing for a method without a choice of experts."

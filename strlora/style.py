@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from .artefacts import Run
 from .core import SpecError, atomic_file
 from .data.metrics import composition as composition_of
-from .data.tasks import TASKS
+from .data.rules import KNOWN
 
 # %% ../nbs/16a_style.ipynb #6cef8815
 INK, FAINT, RULE, BAND = "#1c2833", "#6f7c89", "#dfe4e8", "#e9edf0"   # text, captions, grid lines, shaded columns
@@ -137,7 +137,7 @@ def order(
     tasks: Iterable[str],   # in any order
 ) -> list[str]:             # in the one order of all figures
     "Tasks in their fixed order; unknown ones last, by name."
-    rank = {t: i for i, t in enumerate(TASKS)}
+    rank = {t: i for i, t in enumerate(KNOWN)}
     return sorted(tasks, key=lambda t: (rank.get(t, len(rank)), t))
 
 

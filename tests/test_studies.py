@@ -13,12 +13,12 @@ from small import make_base
 from test_cli import said
 
 from strlora import parallel, toml, tune
-from strlora.core import SpecError, TrainingError
+from strlora.core import SpecError, TrainingError, write_json
 from strlora.data.mini.bench import REPORTING_SEEDS, TUNING_SEEDS
 from strlora.methods.table import METHODS
 from strlora.request import asked
 from strlora.runs import status_of
-from strlora.spec import load
+from strlora.spec import as_dict, load
 
 SPEC = """# a small {method}
 method = "{method}"
@@ -211,3 +211,16 @@ def test_tune_from_grid_to_file(place):
     assert "# chosen by `strlora tune joint`" in Path("experiments/mini/windows/joint.toml").read_text()
     code, out, err = said("tune", "joint", "--json")
     assert code == 0 and "4 of 4 runs were finished before" in err and json.loads(out) == found
+
+
+def test_a_run_older_than_a_setting_has_its_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = parallel.child("lora", ["--method", "lora"])
+    spec = as_dict(run.spec)
+    for rules, fits in ((None, True), ("strict", True), ("released", False)):
+        spec["eval"].pop("rules", None)
+        if rules: spec["eval"]["rules"] = rules
+        write_json(run.folder/"run.json", {"schema": 1, "method": "lora", "status": "finished", "spec": spec})
+        if fits: assert parallel.settle(run) == "finished"
+        else:
+            with pytest.raises(SpecError, match="eval.rules is 'released' there and 'strict' here"): parallel.settle(run)

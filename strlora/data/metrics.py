@@ -17,17 +17,20 @@ import pandas as pd
 from scipy.special import stdtr
 
 from ..core import RecordError, sourced, unknown
+from .rules import highest
 
 # %% ../../nbs/10_metrics.ipynb #59ca66d0
 def sample_scores(
-    predictions: pd.DataFrame,      # columns after_chunk, split, task, sample_id, score (in [0, 1])
+    predictions: pd.DataFrame,      # columns after_chunk, split, task, sample_id, score (0 to 1; CIDEr to 10)
     split: str = "proxy",           # "proxy" | "full"
 ) -> dict[str, pd.DataFrame]:       # task -> frame, evaluated chunks x samples, scores in points of 100
     "The scores of every sample after every evaluated chunk; duplicates and changing test sets are a `RecordError`."
     chosen = predictions[predictions["split"] == split]
     if chosen.empty: raise unknown("split", split, sorted(predictions["split"].unique()), "predictions")
-    bad = chosen[~chosen["score"].between(0, 1)]
-    if len(bad): raise RecordError(expected="scores in [0, 1]", found=bad["score"].iloc[0], where=_row(bad.iloc[0]))
+    bad = chosen[~chosen["score"].between(0, chosen["task"].astype(str).map(highest) + 1e-9)]
+    if len(bad):
+        top = highest(bad["task"].iloc[0])
+        raise RecordError(expected=f"scores in [0, {top:g}]", found=bad["score"].iloc[0], where=_row(bad.iloc[0]))
     twice = chosen[chosen.duplicated(["after_chunk", "task", "sample_id"])]
     if len(twice): raise RecordError("scored twice", where=_row(twice.iloc[0]), remedy="Keep one prediction a sample and chunk.")
     out = {}
