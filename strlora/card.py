@@ -71,7 +71,8 @@ def card_of(
     return "\n".join([
         "---", front_matter(run, found), "---", "", f"# {run.method} on the stream {run.stream['name']}, seed {run.seed}", "",
         f"An adapter of `strlora` {run.info.get('versions', {}).get('strlora', '')} (commit {commit}), "
-        f"trained on {len(run.counts)} chunks, {int(run.counts.to_numpy().sum())} samples, in one pass. Trained parameters: {run.info.get('parameters', {}).get('trainable')}.", "",
+        f"trained on {len(run.counts)} chunks, {int(run.counts.to_numpy().sum())} samples, in one pass. "
+        f"Trained parameters: {run.info.get('parameters', {}).get('trainable')}.", "",
         "## Load it", "", "```python", loading(spec["model"]["base"]), "```", "",
         "## Scores", "", "In points of 100, from the stored answers to the proxy questions: "
         + ", ".join(f"{name} {value:.1f}" for name, value in found.items() if value == value) + ". After the last chunk:", "",
