@@ -24,7 +24,7 @@ import torch
 
 from . import checkpoint
 from .core import CheckpointError, SpecError, atomic_file, read_json
-from .spec import EXECUTION, RunSpec, as_dict, digest
+from .spec import EXECUTION, RunSpec, as_dict, as_known, digest
 
 # %% ../nbs/14a_folder.ipynb #efb7523e
 SCHEMA = 1
@@ -84,8 +84,11 @@ def provenance(spec: RunSpec) -> dict[str, Any]:
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
     "Parameters in all, trainable ones, and the numbers that slow routers keep beside them."
     ema = sum(b.numel() for n, b in model.named_buffers() if ".ema." in n)
-    return {"total": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "ema": ema}
+    def size(p: torch.nn.Parameter) -> int:  # packed weights are bytes that stand for more numbers
+        return p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
+
+    return {"total": sum(map(size, model.parameters())),
+            "trainable": sum(size(p) for p in model.parameters() if p.requires_grad), "ema": ema}
 
 # %% ../nbs/14a_folder.ipynb #a69ecfd4
 TABLES = ("train", "predictions", "routing")
@@ -151,7 +154,8 @@ def same_run(
     spec: RunSpec,  # asked for
 ) -> None:
     "A `CheckpointError` with the settings that differ, unless this run is the one that is asked for."
-    changed = checkpoint.differences(info_of(folder)["spec"], as_dict(spec), EXECUTION)
+    saved = info_of(folder)["spec"]
+    changed = checkpoint.differences(saved, as_known(spec, saved), EXECUTION)
     if not changed: return
     listed = "; ".join(f"{k} is {now!r} here and {then!r} in that run" for k, (then, now) in changed.items())
     raise CheckpointError(f"a run of another spec: {listed}", where=folder,

@@ -27,7 +27,7 @@ from .methods.table import METHODS
 from .request import asked
 from .progress import clock
 from .runs import Interrupted
-from .spec import EXECUTION, RunSpec, as_dict, flat
+from .spec import EXECUTION, RunSpec, as_known, flat
 
 # %% ../nbs/14b_parallel.ipynb #54ffd04c
 @dataclass
@@ -61,7 +61,8 @@ def settle(
     "What is in the folder of a run; a run with other settings is a `SpecError`."
     status = status_of(run.folder)
     if status == "absent": return status
-    there, wanted = flat(info_of(run.folder)["spec"]), flat(as_dict(run.spec))
+    saved = info_of(run.folder)["spec"]
+    there, wanted = flat(saved), flat(as_known(run.spec, saved))
     odd = [k for k in sorted({*there, *wanted}) if k not in EXECUTION and there.get(k) != wanted.get(k)]
     if odd:
         found = "; ".join(f"{k} is {there.get(k)!r} there and {wanted.get(k)!r} here" for k in odd)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'POSITIVE', 'NOT_NEGATIVE', 'EXECUTION', 'StreamConfig', 'ModelConfig', 'TrainConfig', 'EvalConfig',
-           'RunSpec', 'as_dict', 'flat', 'resolve', 'load', 'override', 'digest', 'explain']
+           'RunSpec', 'as_dict', 'flat', 'resolve', 'load', 'override', 'as_known', 'digest', 'explain']
 
 # %% ../nbs/14_spec.ipynb #2fbca5eb
 import dataclasses
@@ -38,7 +38,12 @@ class StreamConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     "The frozen model that the stream adapts."
-    base: str = sourced("mini", "ours: ships with the package", "`mini`, or a folder with an image-text-to-text model")
+    base: str = sourced("mini", "ours: ships with the package",
+                        "`mini`, a folder with an image-text-to-text model, or its name on the hub, org/name")
+    dtype: Literal["float32", "bfloat16"] = sourced("float32", "ours: the numbers of the mini base (official: bfloat16)",
+                                                    "kind of number of the frozen weights; what trains is float32")
+    quantize: Literal["no", "4bit"] = sourced("no", "ours: frozen weights as they are (official: bfloat16)",
+                                              "`4bit` packs the language model's weights; needs a GPU and bitsandbytes")
 
 # %% ../nbs/14_spec.ipynb #8d9aa1d3
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +262,19 @@ def override(
 
 # %% ../nbs/14_spec.ipynb #028dbe6f
 EXECUTION = ("train.threads", "train.grad_norm_every", "train.save_every")
+
+
+def as_known(
+    spec: RunSpec,              # a resolved spec
+    saved: Mapping[str, Any],   # a record of another time
+) -> dict[str, Any]:            # nested, ready for JSON
+    "The record without settings that `saved` does not know and that are at their default: they came later."
+    base, known = as_dict(resolve({"method": spec.method})), flat(saved)
+    def old(values: Mapping[str, Any], first: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+        return {k: old(v, first[k], f"{path}{k}.") if isinstance(v, Mapping) else v for k, v in values.items()
+                if isinstance(v, Mapping) or f"{path}{k}" in known or v != first[k]}
+
+    return old(as_dict(spec), base)
 
 
 def digest(
