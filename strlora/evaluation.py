@@ -47,13 +47,15 @@ def prepare(
     lengths, limits = batch["attention_mask"].sum(1).tolist(), [limit(s) for s in samples]
     order = sorted(range(len(samples)), key=lambda i: (limits[i], lengths[i], i))
     parts = [order[i:i + size] for i in range(0, len(order), size)]
-    return [Prompts(tuple(samples[i] for i in rows), take(batch, rows, max(lengths[i] for i in rows)),
-                    tuple(limits[i] for i in rows))
-            for rows in parts]
+    def part(rows: list[int]) -> dict[str, Tensor]:
+        if "pixel_values" in batch: return collate([samples[i] for i in rows], answers=False)  # pictures differ in their tiles
+        return take(batch, rows, max(lengths[i] for i in rows))
+
+    return [Prompts(tuple(samples[i] for i in rows), part(rows), tuple(limits[i] for i in rows)) for rows in parts]
 
 # %% ../nbs/12_evaluation.ipynb #a79188e7
 def take(
-    batch: Mapping[str, Any],  # left-padded; as many pixel values for every sample
+    batch: Mapping[str, Any],  # left-padded, without pixels
     rows: Sequence[int],       # which samples
     length: int,               # of the longest of them
 ) -> dict[str, Tensor]:
@@ -61,7 +63,6 @@ def take(
     out: dict[str, Tensor] = {}
     for name, value in batch.items():
         if name == "features": out[name] = torch.cat([value[i] for i in rows])
-        elif name == "pixel_values": out[name] = value.unflatten(0, (len(batch["input_ids"]), -1))[rows].flatten(0, 1)
         else: out[name] = value[rows, -length:]
     return out
 

@@ -85,8 +85,11 @@ def provenance(spec: RunSpec) -> dict[str, Any]:
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
     "Parameters in all, trainable ones, and the numbers that slow routers keep beside them."
     ema = sum(b.numel() for n, b in model.named_buffers() if ".ema." in n)
-    return {"total": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "ema": ema}
+    def size(p: torch.nn.Parameter) -> int:  # packed weights are bytes that stand for more numbers
+        return p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel()
+
+    return {"total": sum(map(size, model.parameters())),
+            "trainable": sum(size(p) for p in model.parameters() if p.requires_grad), "ema": ema}
 
 # %% ../nbs/14a_folder.ipynb #a69ecfd4
 TABLES = ("train", "predictions", "routing")

@@ -38,7 +38,12 @@ class StreamConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     "The frozen model that the stream adapts."
-    base: str = sourced("mini", "ours: ships with the package", "`mini`, or a folder with an image-text-to-text model")
+    base: str = sourced("mini", "ours: ships with the package",
+                        "`mini`, a folder with an image-text-to-text model, or its name on the hub, org/name")
+    dtype: Literal["float32", "bfloat16"] = sourced("float32", "ours: the numbers of the mini base (official: bfloat16)",
+                                                    "kind of number of the frozen weights; what trains is float32")
+    quantize: Literal["no", "4bit"] = sourced("no", "ours: frozen weights as they are (official: bfloat16)",
+                                              "`4bit` packs the language model's weights; needs a GPU and bitsandbytes")
 
 # %% ../nbs/14_spec.ipynb #8d9aa1d3
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,12 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    LlamaConfig,
     Qwen3Config,
     SiglipVisionConfig,
 )
@@ -14,29 +17,43 @@ from transformers import (
 IMAGE, PAD, EOS, VOCAB = 60, 0, 1, 64
 
 
-def internvl(seed: int = 0, layers: int = 2) -> InternVLForConditionalGeneration:
+def internvl(seed: int = 0, layers: int = 2, pixels: int = 24, image: int = IMAGE, vocab: int = VOCAB) -> InternVLForConditionalGeneration:
     "InternVL with a Qwen3 text model; a picture of 24 pixels is 9 tokens."
     torch.manual_seed(seed)
     vision = InternVLVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                                  image_size=[24, 24], patch_size=[4, 4])
-    text = Qwen3Config(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=PAD, eos_token_id=EOS,
+                                  image_size=[pixels, pixels], patch_size=[4, 4])
+    text = Qwen3Config(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=PAD, eos_token_id=EOS,
                        bos_token_id=None, tie_word_embeddings=True)
-    model = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=9))
+    model = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text, image_token_id=image,
+                                                            image_seq_length=(pixels // 8)**2))
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, EOS
     return liven(model)
 
 
-def gemma3(seed: int = 0) -> Gemma3ForConditionalGeneration:
+def gemma3(seed: int = 0, pixels: int = 24, image: int = IMAGE, vocab: int = VOCAB) -> Gemma3ForConditionalGeneration:
     "Gemma 3 with a SigLIP tower; a picture of 24 pixels is 9 tokens."
     torch.manual_seed(seed)
-    vision = SiglipVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=24, patch_size=4)
-    text = Gemma3TextConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=PAD, eos_token_id=EOS,
+    vision = SiglipVisionConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=pixels,
+                                patch_size=4)
+    text = Gemma3TextConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=PAD, eos_token_id=EOS,
                             bos_token_id=2, sliding_window=16)
-    model = Gemma3ForConditionalGeneration(Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=9, image_token_index=IMAGE,
-                                                        boi_token_index=61, eoi_token_index=62))
+    model = Gemma3ForConditionalGeneration(Gemma3Config(vision_config=vision, text_config=text, image_token_index=image,
+                                                        mm_tokens_per_image=(pixels // 8)**2, boi_token_index=61, eoi_token_index=62))
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # zeros as they come
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, EOS
+    return liven(model)
+
+
+def idefics3(seed: int = 0, pixels: int = 16, image: int = IMAGE, vocab: int = VOCAB) -> Idefics3ForConditionalGeneration:
+    "Idefics 3 with a Llama text model; a picture or a tile of 16 pixels is 4 tokens."
+    torch.manual_seed(seed)
+    vision = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=pixels, patch_size=4)
+    text = LlamaConfig(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, pad_token_id=PAD, eos_token_id=EOS)
+    model = Idefics3ForConditionalGeneration(Idefics3Config(vision_config=vision, text_config=text, image_token_id=image, scale_factor=2,
+                                                            pad_token_id=PAD))
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, EOS
     return liven(model)
 
