@@ -24,7 +24,7 @@ from .checkpoint import load_adapter_state, random_state, set_random_state
 from .core import RecordError, TrainingError
 from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
-from .schedule import course, peak, plan
+from .schedule import check_processes, course, peak, plan
 from .spec import TrainConfig
 from .tuner.root import instruction_of
 
@@ -52,8 +52,10 @@ def trainable(
 def make_accelerator(
     config: TrainConfig,  # device and precision
 ) -> Accelerator:
-    "Accelerate as the settings ask for it."
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    "Accelerate as the settings ask for it; a `SpecError` if the processes cannot share a step equally."
+    made = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    check_processes(config.batch_size, config.accumulation, made.num_processes)
+    return made
 
 # %% ../nbs/11a_trainer.ipynb #e81a6a26
 Encoder = Callable[[Sequence[Any]], list[Tensor]]  # samples → image features of each [images, n, d]
