@@ -19,6 +19,7 @@ from .core import SpecError
 from .evaluation import Prompts, evaluate, limit_of, prepare, routing
 from .folder import parameter_counts
 from .methods.table import METHODS
+from .schedule import check_processes
 from .spec import RunSpec
 from .trainer import Trainer, make_accelerator
 
@@ -120,12 +121,12 @@ class Job:
         set_seed(spec.seed)
         self.spec, self.method = spec, METHODS[spec.method]
         self.stream, self.seen = make_stream(spec)
-        self.accelerator = make_accelerator(spec.train)
+        self.accelerator, self.trains = make_accelerator(spec.train), self.method.adapter is not None
+        if self.trains: check_processes(spec.train.batch_size, spec.train.accumulation, self.accelerator.num_processes)
         base, self.processor = load_model(spec.model.base)
         self.model = wrap(base.to(self.accelerator.device), spec)
         self.encode = image_encoder(self.model, spec)
         self.collate = Collator(self.processor, images=self.encode is None)
-        self.trains = self.method.adapter is not None
         if self.trains and spec.train.gradient_checkpointing: checkpoint_activations(self.model)
         self.prepared: dict[tuple[str, int | None], list[Prompts]] = {}
         self.parameters = parameter_counts(self.model)

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor
 
 from .checkpoint import load_adapter_state, random_state, set_random_state
-from .core import RecordError, TrainingError
+from .core import RecordError, SpecError, TrainingError
 from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
-from .schedule import check_processes, course, peak, plan
+from .schedule import course, peak, plan
 from .spec import TrainConfig
 from .tuner.root import instruction_of
 
@@ -52,9 +52,11 @@ def trainable(
 def make_accelerator(
     config: TrainConfig,  # device and precision
 ) -> Accelerator:
-    "Accelerate as the settings ask for it; a `SpecError` if the processes cannot share a step equally."
+    "Accelerate as the settings ask for it; a `SpecError` for a launch that would not keep weights whole."
     made = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
-    check_processes(config.batch_size, config.accumulation, made.num_processes)
+    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # parts read and change whole gradients and weights
+        raise SpecError(expected="one process, or several with the whole model each", found=made.distributed_type.value, where="launch",
+                        remedy="Launch with recipes/ddp.yaml; `strlora plan` says what fits.")
     return made
 
 # %% ../nbs/11a_trainer.ipynb #e81a6a26

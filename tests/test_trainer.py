@@ -129,11 +129,16 @@ def test_processes_that_cannot_share_a_step_are_refused(cut, fits):
     if "and" in fits: plan(100, 1, 0, *(int(word.split("=")[1]) for word in fits.split(" and ")), processes)
 
 
-def test_the_trainer_refuses_them_before_a_model_is_loaded(monkeypatch):
-    from strlora import trainer
-    monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(num_processes=4))
-    assert trainer.make_accelerator(TrainConfig(batch_size=2, accumulation=16)).num_processes == 4
-    with pytest.raises(SpecError, match="found 4"): trainer.make_accelerator(TrainConfig(batch_size=2, accumulation=6))
+def test_a_launch_that_cannot_train_is_refused_before_a_model_is_loaded(base, monkeypatch):
+    from strlora import job, trainer
+    launched = SimpleNamespace(num_processes=4, distributed_type=trainer.DistributedType.MULTI_GPU, device="cpu")
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: launched)
+    assert trainer.make_accelerator(TrainConfig()) is launched
+    monkeypatch.setattr(job, "load_model", lambda base: (_ for _ in ()).throw(AssertionError("a model was loaded")))
+    with pytest.raises(SpecError, match="divides train.accumulation = 6, found 4"): session(base, "batch_size=2", "accumulation=6")
+    with pytest.raises(AssertionError, match="was loaded"): session(base, "method=zero_shot", "accumulation=6")
+    for launched.distributed_type in (trainer.DistributedType.FSDP, trainer.DistributedType.DEEPSPEED):
+        with pytest.raises(SpecError, match="recipes/ddp.yaml"): session(base, "batch_size=2", "accumulation=16")
 
 
 def test_gradient_checkpointing_changes_no_number(base):
