@@ -54,7 +54,8 @@ def folder_of(
 ) -> Path:
     "results/ for a clean commit and a published spec, scratch/ for all else."
     clean = published and not commit()[1]
-    path = Path(root)/("results" if clean else "scratch")/spec.scale/spec.stream.name/spec.method
+    data = spec.stream.name if spec.scale == "mini" else Path(spec.model.base).name  # what varies at this scale
+    path = Path(root)/("results" if clean else "scratch")/spec.scale/data/spec.method
     mark = "" if clean else digest(spec)
     return path/(f"seed{spec.seed}-{mark}" if mark else f"seed{spec.seed}")
 

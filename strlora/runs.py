@@ -254,7 +254,7 @@ def train(
 ) -> None:
     "The part of a run that takes long."
     spec, plan = job.spec, job.seen.plan
-    size = spec.train.batch_size * spec.train.accumulation * job.accelerator.num_processes
+    size = spec.train.batch_size * spec.train.accumulation
     steps = [-(-sum(row.values()) // size) for row in plan]
     fresh = not job.trains or not checkpoint.exists(folder/"checkpoint")
     known = not fresh and restore(job.trainer, *checkpoint.load(folder/"checkpoint", as_dict(spec), EXECUTION))

@@ -59,8 +59,9 @@ class TrainConfig:
     optimizer_state: Literal["restart", "carry"] = sourced(
         "restart", "official scripts: one process a chunk", "AdamW's moments at a chunk boundary")
     batch_size: int = sourced(8, "ours: 25 steps in a chunk of 200 (official: 2)",
-                              "samples of a forward pass, on each process")
-    accumulation: int = sourced(1, "ours (official: 4)", "forward passes of an optimizer step")
+                              "samples of a forward pass")
+    accumulation: int = sourced(1, "ours (official: 4 on each of 4 GPUs)",
+                                "forward passes of an optimizer step, of all processes together; their number must divide it")
     betas: tuple[float, float] = sourced((0.9, 0.95), "official scripts", "AdamW's decay of both moments")
     weight_decay: float = sourced(0.1, "official scripts", "AdamW's weight decay")
     clip: float = sourced(1.0, "official scripts", "largest norm of the whole gradient; 0: no clipping")
@@ -68,6 +69,8 @@ class TrainConfig:
                                     "ours: a frozen projector lets pictures be encoded once (official InternVL: true)",
                                     "train the projector between vision tower and language model")
     projector_lr: float = sourced(1e-5, "official scripts: aligner_lr", "learning rate of the projector")
+    gradient_checkpointing: bool = sourced(False, "ours: activations of a mini model are small (official scripts: true)",
+                                           "compute activations again in the backward pass instead of keeping them")
     precision: Literal["no", "bf16"] = sourced("no", "ours: float32 on a CPU (official: bf16)", "mixed precision")
     device: Literal["cpu", "auto"] = sourced("cpu", "ours: the same numbers everywhere",
                                              "`auto` takes the accelerator there is")
@@ -90,6 +93,8 @@ class EvalConfig:
     rules: Literal["strict", "released"] = sourced(
         "strict", "ours: the released rules call some wrong answers right and some right ones wrong",
         "how answers to the released test sets are scored; mini tasks have one rule under both names")
+    max_new_tokens: int = sourced(0, "ours: as many as answers of a task need (official scripts: 100)",
+                                  "most tokens of an answer; 0: as each task says")
 
 # %% ../nbs/14_spec.ipynb #768236b9
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +174,7 @@ POSITIVE = {"stream": ("chunks", "chunk_size", "test_size", "proxy_size"), "trai
             "eval": ("every", "prompts")}
 NOT_NEGATIVE = {"train": ("lr", "lr_later", "warmup", "weight_decay", "clip", "projector_lr", "threads",
                           "grad_norm_every", "save_every"),
-                "eval": ("full_every", "routing_every")}
+                "eval": ("full_every", "routing_every", "max_new_tokens")}
 
 
 def _check_ranges(spec: RunSpec, where: str) -> None:

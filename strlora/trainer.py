@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor
 
 from .checkpoint import load_adapter_state, random_state, set_random_state
-from .core import RecordError, TrainingError
+from .core import RecordError, SpecError, TrainingError
 from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak, plan
@@ -52,8 +52,12 @@ def trainable(
 def make_accelerator(
     config: TrainConfig,  # device and precision
 ) -> Accelerator:
-    "Accelerate as the settings ask for it."
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    "Accelerate as the settings ask for it; a `SpecError` for a launch that would not keep weights whole."
+    made = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # parts read and change whole gradients and weights
+        raise SpecError(expected="one process, or several with the whole model each", found=made.distributed_type.value, where="launch",
+                        remedy="Launch with recipes/ddp.yaml; `strlora plan` says what fits.")
+    return made
 
 # %% ../nbs/11a_trainer.ipynb #e81a6a26
 Encoder = Callable[[Sequence[Any]], list[Tensor]]  # samples → image features of each [images, n, d]

@@ -14,7 +14,7 @@ from strlora.cli import main
 from strlora.core import read_json
 from strlora.folder import locked, status_of
 
-LONG = ("stream.chunks=4", "chunk_size=40", "save_every=1", "grad_norm_every=0", "lora_dropout=0.0")
+LONG = ("stream.chunks=4", "chunk_size=40", "save_every=1", "grad_norm_every=0", "lora_dropout=0.0", "batch_size=2", "accumulation=2")
 CODE = "import sys; from strlora.cli import main; sys.exit(main(sys.argv[1:]))"
 PAIR = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable]
 
@@ -76,7 +76,7 @@ def ranks(process):
 def test_processes_stop_together_and_the_run_goes_on_with_one(base, tmp_path):
     "One of two is told to stop: both save at the same step. One of two dies: the other says so. One alone ends the run as if nothing had been."
     out = tmp_path/"two"
-    process = begun(out, [*PAIR, "-c", CODE, *words(base, out, "batch_size=2")])
+    process = begun(out, [*PAIR, "-c", CODE, *words(base, out)])
     os.kill(ranks(process)[1], signal.SIGTERM)
     _, err = process.communicate(timeout=100)
     assert status_of(out) == "interrupted" and "strlora resume" in err
@@ -85,3 +85,6 @@ def test_processes_stop_together_and_the_run_goes_on_with_one(base, tmp_path):
     _, err = process.communicate(timeout=100)
     assert process.returncode and "2 processes that answer" in err, err
     assert status_of(out) == "failed"
+    assert main(["resume", str(out)]) == 0 and main(words(base, tmp_path/"one")) == 0
+    said = [[(r["sample_id"], r["prediction"]) for r in rows(tmp_path/name)] for name in ("one", "two")]
+    assert said[0] == said[1] and len(timeless(rows(out, "train"))) == 40

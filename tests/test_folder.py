@@ -34,6 +34,12 @@ def test_only_files_of_this_repository_are_published(tmp_path, monkeypatch):
     assert len(found) == 2 and {path.parts[0] for path in found} == {"scratch"}
 
 
+def test_backbones_of_the_paper_have_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr(folder, "commit", lambda: ("abc", False))
+    found = [folder.folder_of(*request.asked([str(request.PUBLISHED/"paper"/name/"lora.toml")])) for name in ("internvl3_5_8b", "gemma3_4b")]
+    assert [path.parts for path in found] == [("results", "paper", name, "lora", "seed42") for name in ("internvl3_5_8b", "gemma3_4b")]
+
+
 def test_changed_code_publishes_nothing(monkeypatch):
     monkeypatch.setattr(folder, "commit", lambda: ("abc", True))
     path = folder.folder_of(*request.asked([str(request.PUBLISHED/"mini"/"windows"/"lora.toml")]))

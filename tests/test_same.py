@@ -395,7 +395,7 @@ def test_two_processes_train_as_one(base, tmp_path):
     words = [x for pair in (f"model.base={base!r}", *SHORT[:-1], *QUICK, "chunk_size=10") for x in ("--set", pair)]
     run = "import sys; from strlora.cli import main; sys.exit(main(sys.argv[1:]))"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c", run]
-    for out, more, start in (("one", [], [sys.executable, "-c", run]), ("two", ["--set", "batch_size=2"], launch)):
+    for out, more, start in (("one", [], [sys.executable, "-c", run]), ("two", ["--set", "batch_size=2", "--set", "accumulation=2"], launch)):
         done = subprocess.run([*start, "run", *words, *more, "--out", str(tmp_path/out)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     for a, b in zip(rows(tmp_path/"one", "train"), rows(tmp_path/"two", "train"), strict=True):

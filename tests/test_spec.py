@@ -1,4 +1,5 @@
 "Specs: files, overrides, kinds, ranges, nearest names, published experiments."
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,63 @@ def test_every_experiment_resolves_and_holds_only_differences(path):
     spec, base = resolve(given, path), flat(as_dict(resolve({"method": given.get("method", "strlora")})))
     base["method"] = "strlora"
     for name, value in flat(given).items(): assert base[name] != value, f"{name} = {value} is the default"
-    assert (spec.scale, spec.stream.name, spec.method) == (*path.parts[-3:-1], path.stem), "folder and name say what is run"
+    data = spec.stream.name if spec.scale == "mini" else Path(spec.model.base).name
+    assert (spec.scale, data, spec.method) == (*path.parts[-3:-1], path.stem), "folder and name say what is run"
 
 
 def test_there_are_experiments():
     assert {p.stem for p in EXPERIMENTS} >= set(METHODS)
+
+
+# ---------------------------------------------------------------- paper scale
+
+PAPER = [p for p in EXPERIMENTS if p.parts[-3] == "paper"]
+spec_file = importlib.util.spec_from_file_location("make_paper_specs", Path(__file__).parents[1]/"tools"/"make_paper_specs.py")
+tool = importlib.util.module_from_spec(spec_file)
+spec_file.loader.exec_module(tool)
+
+
+def test_paper_specs_are_what_the_tool_writes():
+    assert {(p.parent.name, p.stem) for p in PAPER} == {(b, m) for b in tool.BACKBONES for m in tool.METHODS}
+    assert set(tool.METHODS) == {m for m in METHODS if not METHODS[m].follows}, "every method but the ablations"
+    for p in PAPER: assert p.read_text(encoding="utf-8") == tool.text(p.parent.name, p.stem), f"run tools/make_paper_specs.py: {p}"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: "/".join(p.parts[-2:]))
+def test_paper_specs_follow_the_released_protocol(path):
+    spec = resolve(load(path), path)
+    assert (spec.seed, spec.stream.chunks, spec.stream.chunk_size, spec.eval.max_new_tokens, spec.train.precision) == (42, 25, 2000, 100, "bf16")
+    for text in path.read_text(encoding="utf-8").splitlines():
+        if " = " in text and not text.startswith(("#", "method")): assert text.partition("  # ")[2], f"no source: {text}"
+    if spec.method == "zero_shot": return
+    train = spec.train
+    assert train.batch_size * train.accumulation == 32 and train.accumulation % 4 == 0 and train.gradient_checkpointing
+    assert (train.schedule, train.schedule_later, train.warmup, train.optimizer_state) == ("cosine", "constant", 0.05, "restart")
+    assert (train.betas, train.weight_decay, train.clip, train.projector_lr) == ((0.9, 0.95), 0.1, 1.0, 1e-5)
+    assert (spec.settings.r, spec.settings.lora_alpha, spec.settings.lora_dropout) == (64, 128.0, 0.05)
+    if spec.method != "joint": assert train.lr_later == 2e-5
+    slow = spec.method == "smolora_released" and path.parent.name != "gemma3_4b"
+    assert train.lr == (2e-5 if slow else 1e-4) and train.train_projector == (path.parent.name != "gemma3_4b")
+    if spec.method == "strlora_released":
+        assert (spec.settings.kl_weight, spec.settings.kl_from_chunk) == (0.1, 2)
+        assert spec.settings.freeze_from_chunk == (4 if path.parent.name == "gemma3_4b" else 5)
+    if spec.method == "strlora": assert (spec.settings.kl_from_chunk, spec.settings.freeze_from_chunk, spec.settings.stage1) == (1, 0, "prior")
+
+
+@pytest.mark.parametrize("method", tool.METHODS)
+def test_backbones_differ_only_in_what_is_named(method):
+    specs = {b: flat(as_dict(resolve(load(tool.FOLDER/b/f"{method}.toml")))) for b in tool.BACKBONES}
+    named = {"model.base"} | ({"train.train_projector"} if method != "zero_shot" else set())
+    if method == "strlora_released": named |= {"settings.freeze_from_chunk"}
+    if method == "smolora_released": named |= {"train.lr", "train.batch_size", "train.accumulation"}
+    assert {name for name, value in specs["internvl3_5_8b"].items() if value != specs["gemma3_4b"][name]} == named
+    assert {name for name, value in specs["internvl3_5_8b"].items() if value != specs["internvl3_5_4b"][name]} == {"model.base"}
+
+
+def test_methods_share_what_is_not_theirs():
+    "On one backbone, methods differ in what the method's own entries name and in nothing else."
+    shared = lambda m: {n: v for n, v in flat(as_dict(resolve(load(tool.FOLDER/"gemma3_4b"/f"{m}.toml")))).items() if "settings" not in n and n != "method"}
+    for method in set(tool.METHODS) - {"zero_shot", "joint"}: assert shared(method) == shared("lora"), method
 
 
 def test_no_differences_give_the_main_job():

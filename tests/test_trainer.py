@@ -9,7 +9,7 @@ import torch
 from small import SHORT, make_base, rows, session, short_spec, timeless
 
 from strlora import runs
-from strlora.core import RecordError, TrainingError
+from strlora.core import RecordError, SpecError, TrainingError
 from strlora.data.stream import Chunk
 from strlora.methods.base import Part
 from strlora.spec import TrainConfig
@@ -114,7 +114,46 @@ def test_rates_of_first_and_later_chunks():
 
 def test_plans_share_a_step_among_processes():
     assert plan(16, 1, 0, 4, 2, 2) != plan(16, 2, 0, 4, 2, 2)
-    assert [sorted(sum(s, [])) for s in plan(16, 1, 0, 4, 2, 2)] == [sorted(sum(s, [])) for s in plan(16, 1, 0, 16, 1)]
+    whole = [sorted(sum(s, [])) for s in plan(2000, 1, 0, 32, 1)]
+    for batch, accumulation, processes in ((2, 16, 1), (2, 16, 4), (2, 16, 8), (4, 8, 2), (1, 32, 32)):
+        steps = plan(2000, 1, 0, batch, accumulation, processes)
+        assert [sorted(sum(s, [])) for s in steps] == whole, "the samples of a step follow from the spec, not from the launch"
+        assert {len(s) for s in steps[:-1]} == {accumulation} and len(steps) == 63
+
+
+@pytest.mark.parametrize("cut, fits", [((2, 16, 3), "divides 16"), ((8, 1, 2), "batch_size=4 and train.accumulation=2"),
+                                       ((8, 2, 16), "batch_size=1 and train.accumulation=16"), ((6, 2, 4), "batch_size=3 and train.accumulation=4")])
+def test_processes_that_cannot_share_a_step_are_refused(cut, fits):
+    with pytest.raises(SpecError, match=f"divides train.accumulation.*{fits}"): plan(100, 1, 0, *cut)
+    batch, accumulation, processes = cut
+    if "and" in fits: plan(100, 1, 0, *(int(word.split("=")[1]) for word in fits.split(" and ")), processes)
+
+
+def test_a_launch_that_cannot_train_is_refused_before_a_model_is_loaded(base, monkeypatch):
+    from strlora import job, trainer
+    launched = SimpleNamespace(num_processes=4, distributed_type=trainer.DistributedType.MULTI_GPU, device="cpu")
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: launched)
+    assert trainer.make_accelerator(TrainConfig()) is launched
+    monkeypatch.setattr(job, "load_model", lambda base: (_ for _ in ()).throw(AssertionError("a model was loaded")))
+    with pytest.raises(SpecError, match="divides train.accumulation = 6, found 4"): session(base, "batch_size=2", "accumulation=6")
+    with pytest.raises(AssertionError, match="was loaded"): session(base, "method=zero_shot", "accumulation=6")
+    for launched.distributed_type in (trainer.DistributedType.FSDP, trainer.DistributedType.DEEPSPEED):
+        with pytest.raises(SpecError, match="recipes/ddp.yaml"): session(base, "batch_size=2", "accumulation=16")
+
+
+def test_gradient_checkpointing_changes_no_number(base):
+    plain, a = first_steps(base, "kl_weight=10.0")
+    again, b = first_steps(base, "kl_weight=10.0", "gradient_checkpointing=true")
+    for x, y in zip(plain, again, strict=True): assert [x[n] for n in ("lm", "kl", "grad_norm")] == [y[n] for n in ("lm", "kl", "grad_norm")]
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    blocks = [m for m in session(base, "gradient_checkpointing=true").model.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert blocks and not [m for m in session(base).model.modules() if getattr(m, "gradient_checkpointing", False)]
+
+
+def test_one_limit_for_all_answers(base):
+    for pairs, most in (((), None), (("max_new_tokens=7",), 7)):
+        limits = {n for prompts in session(base, "method=lora", *pairs).questions("proxy") for n in prompts.limits}
+        assert limits == {7} if most else len(limits) > 1
 
 
 def test_a_released_router_freezes(base):
@@ -169,7 +208,7 @@ def test_two_processes_train_as_one(base, tmp_path):
     pairs = [x for pair in (f"model.base={base!r}", *SHORT, "lora_dropout=0.0", "chunk_size=10", "grad_norm_every=1") for x in ("--set", pair)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c",
               "import sys; from strlora.cli import main; sys.exit(main(sys.argv[1:]))"]
-    for out, words, start in (("one", [], []), ("two", ["--set", "batch_size=2"], launch)):
+    for out, words, start in (("one", [], []), ("two", ["--set", "batch_size=2", "--set", "accumulation=2"], launch)):
         start = start or [sys.executable, "-c", launch[-1]]
         done = subprocess.run([*start, "run", *pairs, *words, "--out", str(tmp_path/out)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from strlora.core import write_json
 from strlora.job import Job
 
 LARGE = ("stream.chunks=2", "chunk_size=10", "lora_dropout=0.0", "save_every=0", "grad_norm_every=0", "lr=5e-3", "lr_later=5e-3",
-         "weight_decay=0.0", "r=32")
+         "weight_decay=0.0", "r=32", "batch_size=2", "accumulation=2")
 OWN = {"same": ("freeze_after=1",)}  # within the few steps of a chunk
 
 
@@ -39,7 +39,7 @@ class Steps:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for method in sys.argv[3:]:
-        found, tensors = learned(sys.argv[1], method, "batch_size=2")
+        found, tensors = learned(sys.argv[1], method)
         out = Path(sys.argv[2], f"{method}-{os.environ['RANK']}")
         write_json(out.with_suffix(".json"), found)
         save_file({n: t.contiguous() for n, t in tensors.items()}, out.with_suffix(".safetensors"))

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The study of the paper on one backbone: recipes/paper.sh [internvl3_5_8b | internvl3_5_4b | gemma3_4b]
+# Needs the weights under models/BACKBONE. Written by tools/make_paper_recipe.py.
+# GPUS=8 takes more GPUs; a step keeps its 32 samples whatever their number, which must divide train.accumulation.
+# Memory and hours are estimates for 4 GPUs of 80 GB and the largest pictures, without evaluation, of
+#     strlora plan experiments/paper/internvl3_5_8b/METHOD.toml --gpus 4x80
+# Finished runs are kept, interrupted ones resume.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+BACKBONE=${1:-internvl3_5_8b} GPUS=${GPUS:-4} MEMORY=${MEMORY:-80} CONFIG=${CONFIG:-recipes/ddp.yaml}
+export PATH="$PWD/.venv/bin:$PATH"
+
+once() {  # METHOD: plan, then run, or resume what is there
+    local spec=experiments/paper/$BACKBONE/$1.toml folder=results/paper/$BACKBONE/$1/seed42
+    strlora plan "$spec" --gpus "${GPUS}x$MEMORY"
+    launch=(accelerate launch --config_file "$CONFIG" --num_processes "$GPUS" "$(command -v strlora)")
+    if [ ! -e "$folder/run.json" ]; then "${launch[@]}" run "$spec" --out "$folder"
+    elif ! grep -q '"status": "finished"' "$folder/run.json"; then "${launch[@]}" resume "$folder"; fi
+}
+
+# 50 GB a GPU, 1575 steps, 1.9 h
+once strlora
+# 54 GB a GPU, 1575 steps, 2.0 h
+once strlora_released
+# 48 GB a GPU, 1575 steps, 1.9 h
+once lora
+# 63 GB a GPU, 1575 steps, 2.0 h
+once ewc
+# 51 GB a GPU, 1575 steps, 2.6 h
+once lwf
+# 48 GB a GPU, 2079 steps, 2.5 h
+once replay
+# 49 GB a GPU, 1575 steps, 1.9 h
+once olora
+# 48 GB a GPU, 1575 steps, 1.9 h
+once moelora
+# 48 GB a GPU, 1575 steps, 1.9 h
+once smolora
+# 37 GB a GPU, 1575 steps, 1.9 h
+once smolora_released
+# 49 GB a GPU, 1575 steps, 1.9 h
+once same
+# 49 GB a GPU, 1575 steps, 1.9 h
+once branchlora
+# 48 GB a GPU, 1563 steps, 1.9 h
+once joint
+# 33 GB a GPU, no training
+once zero_shot
+
+strlora report "results/paper/$BACKBONE"/*/seed42

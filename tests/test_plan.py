@@ -1,0 +1,143 @@
+"Plans: what they count and what they estimate, what cannot fit, how runs are launched."
+import functools
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from small import make_base, session, short_spec
+from test_cli import said
+
+from strlora.core import SpecError
+from strlora.plan import STRATEGIES, Setup, chunks_of, gpus_of, memory, state_bytes, tokens_of
+from strlora.schedule import check_processes
+from strlora.sizes import known, sizes
+from strlora.spec import load, resolve
+
+ROOT = Path(__file__).parents[1]
+PAPER = ROOT/"experiments"/"paper"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def held(value, found):
+    "Storages of all tensors within → their bytes."
+    if isinstance(value, torch.Tensor): found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    elif isinstance(value, dict): [held(v, found) for v in value.values()]
+    elif isinstance(value, (list, tuple)): [held(v, found) for v in value]
+    elif isinstance(value, functools.partial): held((value.args, value.keywords), found)
+    elif type(value).__module__.startswith("strlora.") and hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module): held(vars(value), found)
+    return found
+
+
+@pytest.mark.parametrize("method, least", [("ewc", 1.0), ("lwf", 1.0), ("olora", 0.5), ("same", 0.2), ("branchlora", 0.05), ("lora", 1.0), ("moelora", 1.0)])
+def test_what_a_method_keeps_is_what_the_plan_says(base, method, least):
+    "At the fullest moment of two short chunks; for some methods the plan is an upper bound."
+    more = {"ewc": ["fisher_samples=2"], "olora": ["num_experts=4"]}
+    pairs = [f"method={method}", "stream.chunks=2", "chunk_size=4", *more.get(method, [])]
+    job = session(base, *pairs)
+    own = {p.untyped_storage().data_ptr() for p in (*job.model.parameters(), *job.model.buffers())}
+    most, parts = 0, [*job.trainer.parts.values()]
+    def look():
+        nonlocal most
+        found = {}
+        for part in parts: held({k: v for k, v in vars(part).items() if k != "routers"}, found)
+        most = max(most, sum(size for place, size in found.items() if place not in own))
+    for part in parts:
+        def watched(run, after=part.after_backward):
+            after(run)
+            look()
+        part.after_backward = watched
+    job.trainer.fit(job.seen)
+    look()
+    planned = state_bytes(sizes(short_spec(base, *pairs), torch.float32), short_spec(base, *pairs))
+    assert least * planned <= most <= 1.01 * planned + 4096, (method, most, planned)
+
+
+def test_every_part_of_memory_is_there():
+    spec = resolve(load(PAPER/"internvl3_5_4b"/"strlora.toml"))
+    s = sizes(spec)
+    rows = {name: memory(s, spec, Setup(4, 80, name, tokens_of(s), 2, True)) for name in STRATEGIES}
+    for found in rows.values():
+        assert {"frozen weights", "trained weights", "gradients", "AdamW's moments", "slow routers", "fragmentation"} <= found.keys()
+        assert all(value > 0 for value in found.values())
+    ddp = rows["ddp"]
+    assert ddp["frozen weights"] == 2 * s.sum("numbers", "language model", "vision tower", "projector")
+    assert ddp["AdamW's moments"] == 2 * ddp["gradients"] == 2 * s.sum("trained_size")
+    assert ddp["slow routers"] == 4 * s.sum("numbers", "slow routers")
+
+
+def test_samples_of_a_stream():
+    chunks = lambda method: chunks_of(resolve({"method": method, "stream": {"chunks": 3, "chunk_size": 300}}))
+    assert chunks("lora") == [300] * 3 and chunks("joint") == [900] and chunks("zero_shot") == [] and chunks("replay") == [300, 400, 400]
+
+
+@pytest.mark.parametrize("words, code, found", [
+    (["--gpus", "4x80"], 0, "in all"), (["--gpus", "1x0.01"], 1, "expected at most 0.01 GB"), (["--gpus", "fourx80"], 2, "for example 4x80"),
+    (["--gpus", "3x80"], 2, "divides train.accumulation"), (["--mfu", "0"], 2, "--mfu"), (["--set", "model.base=nowhere"], 2, "model.base"),
+    (["--method", "lroa"], 2, "'lora'"), (["--method", "zero_shot"], 0, "no training"),
+])
+def test_the_command(words, code, found):
+    got, out, err = said("plan", "--set", "accumulation=4", *words) if "zero_shot" not in words else said("plan", *words)
+    assert got == code and found in out + err, (got, out, err)
+    assert ("an estimate" in out) == (code < 2) and (code == 0) == (err == "")
+    if code: assert err.startswith("strlora: ") and err.count("\n") == 1
+
+
+def test_the_plan_as_json():
+    code, out, _ = said("plan", "--set", "accumulation=4", "--gpus", "2x80", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["estimate"] and plan["fits"] and plan["course"]["passes_a_gpu"] == 2
+    assert plan["memory_total"] == pytest.approx(sum(plan["memory"].values()))
+
+
+def test_sizes_of_gpus():
+    assert gpus_of("4x80") == (4, 80.0) and gpus_of("1X24.5") == (1, 24.5)
+    for wrong in ("4", "x80", "0x80", "4x0", "4x", "-1x80"):
+        with pytest.raises(SpecError): gpus_of(wrong)
+
+
+def test_architectures_name_their_sources():
+    for name, record in known().items():
+        assert record["sources"] and record["published"]["total"] and record["config"]["model_type"], name
+
+
+# ---------------------------------------------------------------- recipes
+
+@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero2", "DEEPSPEED")])
+def test_recipes_are_read_by_accelerate(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+    config = load_config_from_file(str(ROOT/"recipes"/f"{name}.yaml"))
+    assert config.distributed_type.value == kind and config.mixed_precision == "bf16" and config.num_processes == 4
+    assert name != "fsdp2" or config.fsdp_config["fsdp_version"] == 2
+    assert name != "zero2" or config.deepspeed_config["zero_stage"] == 2
+    for file in PAPER.glob("*/*.toml"):
+        train = resolve(load(file)).train
+        if file.stem != "zero_shot": check_processes(train.batch_size, train.accumulation, config.num_processes)
+
+
+def recipe():
+    spec = importlib.util.spec_from_file_location("make_paper_recipe", ROOT/"tools"/"make_paper_recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_runs_every_method_and_says_what_it_costs():
+    text = (ROOT/"recipes"/"paper.sh").read_text(encoding="utf-8")
+    assert subprocess.run(["bash", "-n", str(ROOT/"recipes"/"paper.sh")]).returncode == 0
+    costs = dict(reversed(pair) for pair in re.findall(r"^(# \d+ GB a GPU, .*)\nonce (\w+)$", text, re.M))
+    tool = recipe()
+    assert list(costs) == list(tool.METHODS)
+    for method in ("lora", "zero_shot"): assert costs[method] == tool.remark(method), "run tools/make_paper_recipe.py"
+
+
+@pytest.mark.slow
+def test_the_recipe_is_what_the_tool_writes():
+    assert (ROOT/"recipes"/"paper.sh").read_text(encoding="utf-8") == recipe().text(), "run tools/make_paper_recipe.py"
