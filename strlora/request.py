@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_HELP', 'SET_HELP', 'PUBLISHED', 'PLAN_HELP', 'TUNE_HELP', 'COMPARE_HELP', 'JOBS_HELP', 'add_run', 'add_plan',
-           'add_studies', 'spec_of', 'check_limit', 'asked', 'experiment', 'words_for', 'only']
+           'add_studies', 'add_chat', 'spec_of', 'check_limit', 'asked', 'experiment', 'words_for', 'only']
 
 # %% ../nbs/14b_request.ipynb #3c64933e
 import argparse
@@ -85,6 +85,19 @@ def add_studies(
         p.add_argument("--dry-run", action="store_true", help="print what would be run and stop")
         p.add_argument("--json", action="store_true", help="print JSON on stdout")
 
+
+# %% ../nbs/14b_request.ipynb #a19f7e1c
+def add_chat(
+    verbs: Any,  # subparsers of argparse
+) -> None:
+    "Options of `strlora chat`."
+    p = verbs.add_parser("chat", help="ask the model of a run about a picture", description="Ask the model of a run about a picture.")
+    p.add_argument("run", metavar="RUN", help="folder of the run")
+    p.add_argument("question", nargs="?", metavar="QUESTION", help="what to ask; without it, lines are read from the terminal")
+    p.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; may be repeated")
+    p.add_argument("--tokens", type=int, default=100, metavar="N", help="longest answer (default: 100)")
+    p.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
+    p.add_argument("--json", action="store_true", help="print one JSON object an answer")
 
 # %% ../nbs/14b_request.ipynb #eaeba72e
 def spec_of(

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small import SHORT, make_base
+from small import SHORT, make_base, rows, timeless
 
 from strlora import folder
 from strlora.cli import main
