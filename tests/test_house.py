@@ -234,7 +234,7 @@ def requirements(key: str) -> dict[str, Requirement]:
 
 
 def test_requirements_name_what_the_package_imports():
-    modules = {"scikit-learn": "sklearn", "pillow": "PIL", "matplotlib-inline": "matplotlib_inline"}
+    modules = {"scikit-learn": "sklearn", "pillow": "PIL", "matplotlib-inline": "matplotlib_inline", "huggingface-hub": "huggingface_hub"}
     wanted = {modules.get(name, name) for name in requirements("requirements")}
     tops = {name.split(".")[0] for p in PACKAGE for name in imported(read(p), ".".join(p.relative_to(ROOT).parts[:-1]))}
     ours = tops - set(sys.stdlib_module_names) - {"strlora", ""}
