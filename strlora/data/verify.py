@@ -62,7 +62,7 @@ class Findings:
         "The images of a record, by what is in them where that is known, and its question."
         return (*(self.digests.get(path, path) for path in row["images"]), tidy(row["instruction"]))
 
-# %% ../../nbs/01m_verify.ipynb #2a19c85d
+# %% ../../nbs/01m_verify.ipynb #960fec48
 def layout_faults(
     found: Findings,
 ) -> list[str]:  # files to read
@@ -108,7 +108,7 @@ def proxy_faults(
     "Questions of a proxy that are not in the full set."
     own = defaultdict(list)
     for file, i, row in found.rows: own[file].append((i, row))
-    for file, rows in own.items():
+    for file, rows in list(own.items()):
         if not file.endswith("test_proxy.json"): continue
         whole = file.replace("test_proxy", "test")
         full = [row for _, row in own[whole]]
