@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .core import SpecError
+from .core import SpecError, unknown
+from .data.released import balanced_samples, released_stream
+from .data.tasks import TASKS
 from .evaluation import Prompts, evaluate, prepare, routing
 from .folder import parameter_counts
 from .methods.table import METHODS
@@ -61,10 +63,13 @@ def image_encoder(
 ) -> Callable[[Sequence[Any]], list[torch.Tensor]] | None:
     "A function from samples to the image features of each; None where pictures must pass through at every step."
     if spec.train.train_projector or model.config.model_type != "strlora_mini": return None
+    from strlora.backbones.collate import check_sample
     from strlora.backbones.mini import encode_images, pixel_values
+    size = model.config.vision_config.image_size
 
     def encode(samples: Sequence[Any]) -> list[torch.Tensor]:
-        pixels = pixel_values([image for s in samples for image in s.images], model.config.vision_config.image_size)
+        images = (image for s in samples for image in check_sample(s, answers=False))
+        pixels = torch.cat([pixel_values([image], size) for image in images])  # one at a time: files may hold large ones
         features = encode_images(model, pixels.to(model.device))
         return list(features.split([len(s.images) for s in samples]))
 
@@ -78,11 +83,17 @@ def make_stream(
     from strlora.data.mini.bench import joint_samples, mini_stream
     config, wrapper = spec.stream, METHODS[spec.method].stream
     seed = spec.seed if config.seed is None else config.seed
-    stream = mini_stream(config.name, seed=seed, chunks=config.chunks, chunk_size=config.chunk_size,
-                         test_size=config.test_size, proxy_size=config.proxy_size)
-    if wrapper is None: return stream, stream
-    style = "shared" if config.name == "strcvit" else "own"
-    return stream, wrapper(stream, functools.partial(joint_samples, seed=seed, style=style), spec.settings, spec.seed)
+    sizes = {name: getattr(config, name) for name in ("chunks", "chunk_size", "test_size", "proxy_size")}
+    balanced: Callable[[int], Sequence[Any]]
+    if config.data:
+        stream = released_stream(config.data, config.images, **sizes)
+        balanced = functools.partial(balanced_samples, stream=stream, seed=seed)
+    else:
+        stream = mini_stream(config.name, seed=seed, **sizes)
+        balanced = functools.partial(joint_samples, seed=seed, style="shared" if config.name == "strcvit" else "own")
+    for task in stream.tests:
+        if task not in TASKS: raise unknown("task", task, TASKS, f"{config.data}: test set")
+    return stream, wrapper(stream, balanced, spec.settings, spec.seed) if wrapper else stream
 
 # %% ../nbs/14a_job.ipynb #95cde0c3
 def samples_of(

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import checkpoint
 from .core import CheckpointError, SpecError, StrLoraError, read_json, write_json
-from .folder import finish, info_of, merge_rows, provenance, status_of, write_rows
+from .folder import finish, info_of, merge_rows, provenance, same_files, status_of, write_rows
 from .job import Job
 from .progress import Progress
 from .spec import EXECUTION, RunSpec, as_dict, resolve
@@ -178,6 +178,7 @@ def drive(
     info = {**provenance(spec), "parameters": job.parameters, "extra_samples": job.extra_samples,
             "resumed": before.get("resumed", 0) + bool(before)}
     main = job.accelerator.is_main_process
+    if before: same_files(folder, job.stream)
     if main: note(folder, info, "running", started)
     if main: write_json(folder/"stream.json", job.stream.manifest())
     try: train(job, folder)
@@ -223,6 +224,7 @@ def train(
     if not fresh: restore(job.trainer, *checkpoint.load(folder/"checkpoint", as_dict(spec), EXECUTION))
     progress = Progress(sum(steps), job.trainer.total if job.trains else 0, len(plan), job.accelerator.is_main_process)
     recorder = Recorder(job, folder, progress)
+    for remark in job.stream.source.get("remarks", []): progress.say(remark)
     try:
         with stopping(recorder):
             if fresh: recorder.floor()

@@ -33,6 +33,8 @@ class StreamConfig:
     chunk_size: int = sourced(200, "ours: the main job ends in minutes (official: 2000)", "samples a chunk")
     test_size: int = sourced(200, "ours", "questions in the full test set of a task")
     proxy_size: int = sourced(40, "ours", "questions in the fixed proxy of a task")
+    data: str = sourced("", "ours: made in memory", "folder with a stream in files, or hf://datasets/OWNER/NAME; empty: none")
+    images: str = sourced("", "ours", "folder that <STRCVIT_IMAGE_ROOT> stands for; empty: images/ in the folder of the files")
 
 # %% ../nbs/14_spec.ipynb #9b823d4c
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +144,13 @@ def _misfit(name: str, value: Any, kind: Any, where: str) -> SpecError:
 def as_dict(
     spec: RunSpec,        # a resolved spec
 ) -> dict[str, Any]:      # nested, ready for JSON
-    "The record as plain data."
-    return json.loads(json.dumps(dataclasses.asdict(spec)))
+    "The record as plain data; one of a stream in memory says nothing of files, as records did before there were any."
+    values = _whole(spec)
+    values["stream"] = {k: v for k, v in values["stream"].items() if v != "" or k not in ("data", "images")}
+    return values
+
+
+def _whole(spec: RunSpec) -> dict[str, Any]: return json.loads(json.dumps(dataclasses.asdict(spec)))
 
 
 def flat(
@@ -182,6 +189,9 @@ def _check_ranges(spec: RunSpec, where: str) -> None:
     for name, seed in (("seed", spec.seed), ("stream.seed", spec.stream.seed)):
         if seed is not None and seed < 0:
             raise SpecError(expected="at least 0", found=seed, where=f"{where}: {name}", remedy="Change the value.")
+    if spec.stream.images and not spec.stream.data:
+        raise SpecError(expected="images of a stream in files", found="no stream.data", where=f"{where}: stream.images",
+                        remedy="Give the folder of the files, too.")
     if spec.stream.proxy_size > spec.stream.test_size:
         raise SpecError(expected=f"at most stream.test_size = {spec.stream.test_size}", found=spec.stream.proxy_size,
                         where=f"{where}: stream.proxy_size", remedy="A proxy is a part of its test set.")
@@ -192,7 +202,7 @@ def resolve(
     where: Any = "spec",             # file, for messages
 ) -> RunSpec:                        # everything filled in
     "The whole record for a few differences."
-    values = dict(values)
+    values = {**values, **_measured(values.get("stream"))}
     method = values.get("method", RunSpec().method)
     if method not in METHODS: raise unknown("method", method, METHODS, where)
     tables = {**GROUPS, "settings": METHODS[method].settings}
@@ -205,6 +215,15 @@ def resolve(
     _check_ranges(spec, where)
     METHODS[method].check(spec.settings)
     return spec
+
+
+def _measured(stream: Any) -> dict[str, Any]:
+    "The stream's table with the sizes of its files where none are given: what is there is not cut by defaults for something else."
+    sizes = ("name", "chunks", "chunk_size", "test_size", "proxy_size")
+    given = isinstance(stream, Mapping) and stream.get("data")
+    if not given or not isinstance(given, str) or all(name in stream for name in sizes): return {}
+    from strlora.data.layout import sizes_of
+    return {"stream": {**sizes_of(given), **stream}}
 
 
 def load(
@@ -264,7 +283,7 @@ def digest(
 ) -> str:           # "" for the defaults of the method, else six hexadecimal digits
     "A short name for what differs from the defaults, seed and execution aside."
     base = flat(as_dict(resolve({"method": spec.method, "seed": spec.seed, "stream": {"name": spec.stream.name}})))
-    found = {k: v for k, v in flat(as_dict(spec)).items() if v != base[k] and k not in EXECUTION}
+    found = {k: v for k, v in flat(as_dict(spec)).items() if v != base.get(k) and k not in EXECUTION}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:6] if found else ""
 
 
@@ -272,8 +291,8 @@ def explain(
     spec: RunSpec,                 # a resolved spec
 ) -> list[dict[str, Any]]:         # one row a setting: name, value, default, source, help
     "Every setting with its value, its default and where the default comes from."
-    base, rows = flat(as_dict(resolve({"method": spec.method}))), []
-    values, records = flat(as_dict(spec)), {"": RunSpec, **GROUPS, "settings": type(spec.settings)}
+    base, rows = flat(_whole(resolve({"method": spec.method}))), []
+    values, records = flat(_whole(spec)), {"": RunSpec, **GROUPS, "settings": type(spec.settings)}
     for group, cls in records.items():
         for f in dataclasses.fields(cls):
             if "source" not in f.metadata: continue
