@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['DATA_HELP', 'VERIFY_HELP', 'EXPORT_HELP', 'SIZES', 'add_data', 'command', 'defaults']
 
-# %% ../nbs/14b_prepare.ipynb #c30bb5bb
+# %% ../nbs/14b_prepare.ipynb #27b47de0
 import argparse
-import dataclasses
 import json
 from typing import Any
 
@@ -37,7 +36,7 @@ def add_data(
         q.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{words} (default: that of `strlora run`)")
     for one in (p, q): one.add_argument("--json", action="store_true", help="print JSON on stdout")
 
-# %% ../nbs/14b_prepare.ipynb #1232fd3a
+# %% ../nbs/14b_prepare.ipynb #aaf5453b
 def command(
     args: argparse.Namespace,  # of `strlora data`
 ) -> int:                      # 0, or 1 if there are faults
@@ -62,4 +61,4 @@ def command(
 def defaults() -> dict[str, int]:
     "The sizes of the stream that `strlora run` makes."
     from strlora.spec import StreamConfig
-    return {f.name: f.default for f in dataclasses.fields(StreamConfig) if f.name in SIZES}
+    return {name: getattr(StreamConfig(), name) for name in SIZES}

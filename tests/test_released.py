@@ -299,8 +299,8 @@ def test_malformed_records_are_refused_by_file_index_and_field(tmp_path, case, g
 def test_no_path_leads_out_of_the_root(parts, bare):
     text = "/".join(parts) if bare else f"{PLACEHOLDER}/{'/'.join(parts)}"
     with contextlib.suppress(RecordError):
-        inside = Path("/root/images", inner_path(text, bare))
-        assert inside.is_relative_to("/root/images") and ".." not in inside.parts and inside != Path("/root/images")
+        inside = Path("/images", inner_path(text, bare))
+        assert inside.is_relative_to("/images") and ".." not in inside.parts and inside != Path("/images")
 
 
 def test_a_folder_is_no_picture(copy):

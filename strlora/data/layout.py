@@ -83,7 +83,7 @@ def test_files(
 
 for _function in (test_names, test_files): _function.__test__ = False  # type: ignore[attr-defined]  # not test cases for pytest
 
-# %% ../../nbs/01k_layout.ipynb #ee9d7428
+# %% ../../nbs/01k_layout.ipynb #b9ec247f
 NAMES = ("windows", "strcvit", "abrupt", "cyclic", "uniform")  # of streams
 
 
@@ -153,7 +153,7 @@ def hash_of(
 
 
 def file_hash(
-    path: Path,
+    path: Path,  # of a file
 ) -> str:  # hexadecimal
     "SHA-256 of a file."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@
 __all__ = ['proxy_places', 'lost', 'task_of', 'sample_of', 'make_test', 'traits', 'Tell', 'released_stream', 'chunk_files',
            'table_of', 'composed', 'remarks', 'balanced_samples']
 
-# %% ../../nbs/01l_released.ipynb #8402ed9f
+# %% ../../nbs/01l_released.ipynb #a8af3712
 import random
 import re
 from collections import Counter, defaultdict
@@ -16,7 +16,18 @@ from typing import Any
 
 from ..core import RecordError, SpecError
 from .images import ImageFile
-from .layout import SETS, count_fault, hash_of, image_root, local_folder, manifest_of, name_of, test_files, test_names, train_files
+from strlora.data.layout import (
+    SETS,
+    count_fault,
+    hash_of,
+    image_root,
+    local_folder,
+    manifest_of,
+    name_of,
+    test_files,
+    test_names,
+    train_files,
+)
 from .records import Fault, Sample
 from .rows import records
 from .stream import Chunk, Lazy, Stream, TestSet

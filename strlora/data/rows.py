@@ -34,7 +34,7 @@ def rows_in(
     if not isinstance(rows, list): return fault(shown(rows))
     return rows or fault("an empty list")
 
-# %% ../../nbs/01j_rows.ipynb #7c97b903
+# %% ../../nbs/01j_rows.ipynb #45900dbe
 TAG = "<image>"
 Say = Callable[..., Fault]  # (field, expected, found, remedy) → a fault of this record
 
@@ -55,7 +55,7 @@ def untagged(
 
 def turn_faults(
     messages: Any,  # of a training row
-    say: Say,
+    say: Say,       # makes a fault of this record
 ) -> Iterator[Fault]:
     "What is wrong with a conversation."
     expected = "a user turn and an assistant turn"
@@ -77,7 +77,7 @@ def turn_faults(
 def image_faults(
     images: Any,  # paths, as the row has them
     content: Any, # of the user turn
-    say: Say,
+    say: Say,     # makes a fault of this record
 ) -> Iterator[Fault]:
     "What is wrong with the images of a training row."
     if not isinstance(images, list) or not images: return (yield say("images", "at least one image", shown(images)))
@@ -89,7 +89,7 @@ def image_faults(
 def path_faults(
     path: Any,           # as the row has it
     field: str,          # of the row
-    say: Say,
+    say: Say,            # makes a fault of this record
     bare: bool = False,  # may the placeholder be left out?
 ) -> Iterator[Fault]:
     "What is wrong with a path."
@@ -98,14 +98,14 @@ def path_faults(
         fault = say(field, error.expected, error.found, *[error.remedy] * bool(error.remedy))
         yield dataclasses.replace(fault, kind="image outside the root") if isinstance(error, Outside) else fault
 
-# %% ../../nbs/01j_rows.ipynb #63e6cb65
+# %% ../../nbs/01j_rows.ipynb #800fb4be
 KNOWN = {"train": {"messages", "images", "id", "task", "form", "references", "smolora_ins_idx"},
          "test": {"question_id", "text", "image", "answer", "answer_bbox", "size", "id", "task", "form", "references"}}
 
 
 def extra_faults(
-    row: dict[str, Any],
-    say: Say,
+    row: dict[str, Any],  # of either kind
+    say: Say,             # makes a fault of this record
 ) -> Iterator[Fault]:
     "What is wrong with the keys that only files made here have."
     for field in ("id", "task", "form"):
@@ -114,7 +114,11 @@ def extra_faults(
     yield from list_faults(row.get("references", []), "references", say)
 
 
-def list_faults(texts: Any, field: str, say: Say) -> Iterator[Fault]:
+def list_faults(
+    texts: Any,  # as the row has it
+    field: str,  # of the row
+    say: Say,    # makes a fault of this record
+) -> Iterator[Fault]:
     "What is wrong with a list of texts."
     if not isinstance(texts, list): return (yield say(field, "a list of texts", shown(texts)))
     for i, text in enumerate(texts):
@@ -135,15 +139,15 @@ def train_faults(
     yield from image_faults(row.get("images"), first.get("content") if isinstance(first, dict) else None, say)
     yield from extra_faults(row, say)
 
-# %% ../../nbs/01j_rows.ipynb #841308b6
+# %% ../../nbs/01j_rows.ipynb #67acd056
 _NUMBER = r"\d{1,6}(?:\.\d{1,6})?"
 BOX = re.compile(rf"\[\s*{_NUMBER}(?:[\s,]+{_NUMBER}){{3}}\s*\]")
 
 
 def answer_faults(
-    row: dict[str, Any],
-    name: str,  # folder of the test set
-    say: Say,
+    row: dict[str, Any],  # of a test
+    name: str,            # folder of the test set
+    say: Say,             # makes a fault of this record
 ) -> Iterator[Fault]:
     "What is wrong with what should be right."
     if name == "Grounding":

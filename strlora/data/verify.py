@@ -62,9 +62,9 @@ class Findings:
         "The images of a record, by what is in them where that is known, and its question."
         return (*(self.digests.get(path, path) for path in row["images"]), tidy(row["instruction"]))
 
-# %% ../../nbs/01m_verify.ipynb #960fec48
+# %% ../../nbs/01m_verify.ipynb #82b5b323
 def layout_faults(
-    found: Findings,
+    found: Findings,  # where faults are counted
 ) -> list[str]:  # files to read
     "Which files there are; gaps, missing and unknown test sets are faults."
     chunks, folder = train_files(found.folder), found.folder
@@ -84,7 +84,7 @@ def layout_faults(
 
 
 def read_file(
-    found: Findings,
+    found: Findings,  # where faults are counted
     file: str,  # path within the data set
 ) -> None:
     "Look at every record of a file."
@@ -103,7 +103,7 @@ def read_file(
 
 
 def proxy_faults(
-    found: Findings,
+    found: Findings,  # where faults are counted
 ) -> None:
     "Questions of a proxy that are not in the full set."
     own = defaultdict(list)
@@ -116,9 +116,9 @@ def proxy_faults(
         for (i, _), place in zip(rows, proxy_places(full, [row for _, row in rows]), strict=True):
             if place is None: found.add(lost(file, i))
 
-# %% ../../nbs/01m_verify.ipynb #9766bbd2
+# %% ../../nbs/01m_verify.ipynb #bbd0bd71
 def image_faults(
-    found: Findings,
+    found: Findings,  # where faults are counted
     root: Path,  # of the images
 ) -> None:
     "Open every image once."
@@ -130,7 +130,7 @@ def image_faults(
 
 
 def repeats(
-    found: Findings,
+    found: Findings,  # where faults are counted
 ) -> None:
     "Records that repeat an earlier one, and training records with images and question of a test record."
     asked = {found.same(row): f"{file}, record {i}" for file, i, row in found.rows if file.endswith("/test.json")}
@@ -144,9 +144,9 @@ def repeats(
             found.add(Fault("leak", file, i, "", "an image or question that no test has", f"those of {test}",
                             "Remove the training record."))
 
-# %% ../../nbs/01m_verify.ipynb #adb84c31
+# %% ../../nbs/01m_verify.ipynb #554562c7
 def manifest_faults(
-    found: Findings,
+    found: Findings,  # where faults are counted
     files: Iterable[str],  # that are read
 ) -> None:
     "What differs from the manifest."
@@ -160,7 +160,8 @@ def manifest_faults(
         if file not in files: say(file, "a file, as manifest.json says", "none")
         elif file in found.sizes:
             found.add(count_fault(said, file, found.sizes[file]))
-            if "sha256" in entry and entry["sha256"] != file_hash(found.folder/file): say(file, "the content that manifest.json says", "another")
+            if entry.get("sha256", digest := file_hash(found.folder/file)) != digest:
+                say(file, "the content that manifest.json says", "another")
     for file in files:
         if told and file not in told: say(file, "no file beside those of manifest.json", "one more")
     images: Any = said.get("images") if isinstance(said.get("images"), dict) else {}
@@ -176,7 +177,7 @@ def images_hash(
     "One SHA-256 over the names and contents of images."
     return hashlib.sha256("".join(f"{path} {digest}\n" for path, digest in sorted(digests.items())).encode()).hexdigest()
 
-# %% ../../nbs/01m_verify.ipynb #3753c44f
+# %% ../../nbs/01m_verify.ipynb #09a19ad8
 def verify(
     data: str | Path,         # of `local_folder`
     images: str | Path = "",  # of `image_root`; empty and no `images` in the folder: images are not opened
@@ -202,7 +203,7 @@ def verify(
 
 
 def summary(
-    found: Findings,
+    found: Findings,  # where faults are counted
     data: str | Path,  # as given
 ) -> dict[str, Any]:
     "What was found, as plain values."
@@ -211,7 +212,8 @@ def summary(
              if f"test/{name}/test.json" in sizes}
     return {"data": str(data), "ok": not found.counts, "chunks": {file: n for file, n in sizes.items() if file.startswith("train/")},
             "tests": tests, "images": {"named": len(found.images), "opened": len(found.digests)},
-            "faults": {kind: {"count": n, "listed": [str(fault.error()) for fault in found.kept[kind]]} for kind, n in sorted(found.counts.items())},
+            "faults": {kind: {"count": n, "listed": [str(fault.error()) for fault in found.kept[kind]]}
+                       for kind, n in sorted(found.counts.items())},
             "notes": found.notes}
 
 

@@ -20,27 +20,27 @@ from ..records import Sample
 from ..rows import TAG
 from ..verify import images_hash, progress
 
-# %% ../../../nbs/01n_export.ipynb #bf17d7e3
+# %% ../../../nbs/01n_export.ipynb #62bcf26a
 FOLDERS = {"imagenet": "ImageNet", "places": "Places365", "ad": "AD", "ocr": "OCRVQA", "textcaps": "TextCaps", "vqa": "VQAv2", "gqa": "GQA",
            "rs": "RS", "chart": "ChartQA", "fin": "Fin", "grounding": "Grounding"}  # task → test set that it mirrors
 
 
 def image_of(
-    sample: Sample,
+    sample: Sample,  # of the mini benchmark
 ) -> str:  # path below the image root
     "Where the picture of a sample is written."
     return f"{FOLDERS[sample.task]}/{sample.id}.png"
 
 
 def known(
-    sample: Sample,
+    sample: Sample,  # of the mini benchmark
 ) -> dict[str, Any]:
     "What the released rows have no place for."
     return {"id": sample.id, "task": sample.task, "form": sample.form, "references": list(sample.references)}
 
 
 def train_row(
-    sample: Sample,
+    sample: Sample,  # of the mini benchmark
 ) -> dict[str, Any]:
     "A sample as a training row."
     turns = [{"role": "user", "content": f"{TAG}\n{sample.instruction}"}, {"role": "assistant", "content": sample.answer}]
@@ -49,7 +49,7 @@ def train_row(
 
 def test_row(
     number: int,     # of the question in its set
-    sample: Sample,
+    sample: Sample,  # of the mini benchmark
 ) -> dict[str, Any]:
     "A sample as a test row; captions are a list, boxes have a field of their own."
     answer: Any = [sample.answer, *(r for r in sample.references if r != sample.answer)] if sample.task == "textcaps" else sample.answer
@@ -60,7 +60,7 @@ def test_row(
 
 test_row.__test__ = False  # type: ignore[attr-defined]  # not a test case for pytest
 
-# %% ../../../nbs/01n_export.ipynb #72dc2ba4
+# %% ../../../nbs/01n_export.ipynb #21684c64
 def export_mini(
     folder: str | Path,       # new or empty
     name: str = "windows",    # of the stream
@@ -90,8 +90,8 @@ def export_mini(
 
 
 def save_images(
-    samples: Iterable[Sample],
-    root: Path,  # of the images
+    samples: Iterable[Sample],  # of the mini benchmark
+    root: Path,                 # of the images
 ) -> None:
     "Write the picture of every sample."
     for sample in samples:
