@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from . import checkpoint
 from .checkpoint import load_adapter_state
 from .core import read_json
-from .folder import info_of, write_rows
+from .folder import info_of, same_files, write_rows
 from .job import Job
 from .methods.table import METHODS
 from .runs import spec_in
@@ -31,6 +31,7 @@ def ask_again(
     "Evaluate the model of a run as its checkpoint has it."
     folder, info = Path(folder), info_of(folder)
     job = Job(spec_in(folder, info, changes))
+    same_files(folder, job.stream)
     if job.trains: load_adapter_state(job.model, checkpoint.load(folder/"checkpoint", info["spec"], EXECUTION)[0], folder)
     after = len(job.stream.plan) if job.trains else 0
     rows = [row for split in splits for row in job.ask(split, after, limit)]
@@ -49,9 +50,8 @@ def what(
     if METHODS[spec.method].adapter:
         at = checkpoint.load(folder/"checkpoint", info["spec"], EXECUTION)[1]["position"]
         chunk = at["chunk"] - (not at["trained"])
-    sizes = {"proxy": spec.stream.proxy_size, "full": spec.stream.test_size}
-    tasks = len(read_json(folder/"stream.json")["tasks"])
-    counts = {f"{split} questions": tasks * min(sizes[split], limit or sizes[split]) for split in splits}
+    tests = read_json(folder/"stream.json")["tests"].values()
+    counts = {f"{split} questions": sum(min(test[split], limit or test[split]) for test in tests) for split in splits}
     return {"run": str(folder), "method": spec.method, "status": info["status"], "chunk": f"after {chunk} of {spec.stream.chunks}",
             **counts, "stored": info["status"] == "finished" and limit is None}
 

@@ -77,11 +77,13 @@ def encoder_of(
     folder: str | Path | None = None,  # shared by runs; None: nothing is written
 ) -> Callable[[Sequence[Any]], list[Tensor]]:
     "A function from samples to the image features of each [images, n, width]."
+    from strlora.backbones.collate import check_sample
     from strlora.backbones.mini import encode_images, pixel_values
     kept, tower = Features(folder) if folder else None, fingerprint(model) if folder else ""
 
     def look(samples: Sequence[Any]) -> Tensor:
-        pixels = pixel_values([image for s in samples for image in s.images], model.config.vision_config.image_size)
+        images, size = (image for s in samples for image in check_sample(s, answers=False)), model.config.vision_config.image_size
+        pixels = torch.cat([pixel_values([image], size) for image in images])  # one at a time: files may hold large ones
         return encode_images(model, pixels.to(model.device))
 
     def encode(samples: Sequence[Any]) -> list[Tensor]:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'hardware', 'provenance', 'parameter_counts',
-           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed', 'same_run', 'locked', 'replacing']
+           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed', 'same_run', 'same_files',
+           'locked', 'replacing']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
 import contextlib
@@ -169,6 +170,18 @@ def same_run(
     listed = "; ".join(f"{k} is {now!r} here and {then!r} in that run" for k, (then, now) in changed.items())
     raise CheckpointError(f"a run of another spec: {listed}", where=folder,
                           remedy="--again runs it anew, --out DIR runs it elsewhere.")
+
+
+def same_files(
+    folder: Path,  # of a run
+    stream: Any,   # a `Stream`
+) -> None:
+    "A `CheckpointError` if the run began with other files than those of this stream."
+    if not (folder/"stream.json").exists(): return
+    then, now = ((said.get("source") or {}).get("sha256") for said in (read_json(folder/"stream.json"), stream.manifest()))
+    if then != now:
+        raise CheckpointError(expected="the files that the run began with", found="other data in them", where=folder,
+                              remedy="Restore the files, or start the run anew.")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from .core import SpecError
+from .core import SpecError, unknown
+from .data.released import balanced_samples, released_stream
+from .data.rules import KNOWN
 from .evaluation import Prompts, evaluate, limit_of, prepare, routing
 from .features import SHARED, encoder_of
 from .folder import parameter_counts
@@ -157,7 +159,7 @@ def image_encoder(
 ) -> Callable[[Sequence[Any]], list[torch.Tensor]] | None:
     "A function from samples to the image features of each; None where pictures must pass through at every step."
     if spec.train.train_projector or model.config.model_type != "strlora_mini": return None
-    return encoder_of(model, os.environ.get(SHARED))
+    return encoder_of(model, None if spec.stream.data else os.environ.get(SHARED))  # names of records in files say nothing of pictures
 
 
 def make_stream(
@@ -167,11 +169,17 @@ def make_stream(
     from strlora.data.mini.bench import joint_samples, mini_stream
     config, wrapper = spec.stream, METHODS[spec.method].stream
     seed = spec.seed if config.seed is None else config.seed
-    stream = mini_stream(config.name, seed=seed, chunks=config.chunks, chunk_size=config.chunk_size,
-                         test_size=config.test_size, proxy_size=config.proxy_size)
-    if wrapper is None: return stream, stream
-    style = "shared" if config.name == "strcvit" else "own"
-    return stream, wrapper(stream, functools.partial(joint_samples, seed=seed, style=style), spec.settings, spec.seed)
+    sizes = {name: getattr(config, name) for name in ("chunks", "chunk_size", "test_size", "proxy_size")}
+    balanced: Callable[[int], Sequence[Any]]
+    if config.data:
+        stream = released_stream(config.data, config.images, **sizes)
+        balanced = functools.partial(balanced_samples, stream=stream, seed=seed)
+    else:
+        stream = mini_stream(config.name, seed=seed, **sizes)
+        balanced = functools.partial(joint_samples, seed=seed, style="shared" if config.name == "strcvit" else "own")
+    for task in stream.tests:
+        if task not in KNOWN: raise unknown("task", task, KNOWN, f"{config.data}: test set")
+    return stream, wrapper(stream, balanced, spec.settings, spec.seed) if wrapper else stream
 
 # %% ../nbs/14a_job.ipynb #95cde0c3
 def samples_of(

@@ -8,6 +8,7 @@ __all__ = ['RUN_HELP', 'SET_HELP', 'PUBLISHED', 'PLAN_HELP', 'TUNE_HELP', 'COMPA
 
 # %% ../nbs/14b_request.ipynb #3c64933e
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def add_run(
     p.add_argument("--method", help="a name from `strlora methods`")
     p.add_argument("--seed", type=int, help="seed of data, initial weights, order and dropout")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+    p.add_argument("--data", metavar="DIR", help="a stream in files, as the benchmark is released, or hf://datasets/OWNER/NAME")
+    p.add_argument("--images", metavar="ROOT", help="folder of their images (default: DIR/images)")
     p.add_argument("--limit", type=int, metavar="N",
                    help="smoke test: at most N samples a chunk and N questions a task")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads; 1 for runs side by side")
@@ -106,8 +109,9 @@ def spec_of(
     "The spec of a command line: file, then method and seed, then single settings, then the limit."
     from strlora.spec import load, override, resolve
     values = load(args.spec) if args.spec else {}
-    flags = {"method": args.method, "seed": args.seed, "train.threads": args.threads}
-    named = [f"{key}={value!r}" for key, value in flags.items() if value is not None]
+    flags = {"method": args.method, "seed": args.seed, "train.threads": args.threads, "stream.data": args.data,
+             "stream.images": args.images}
+    named = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
     for key in (key for key, value in flags.items() if value is not None):
         if any(pair.partition("=")[0] in (key, key.rpartition(".")[2]) for pair in args.set):
             raise SpecError(expected="a setting given once", found=f"{key} as an option and in --set", where="strlora run",
@@ -119,7 +123,7 @@ def spec_of(
                  for name in ("chunk_size", "test_size", "proxy_size")}
         spec = resolve(override(values, named + args.set + [f"stream.{k}={v}" for k, v in sizes.items()]),
                        args.spec or "settings")
-    plain = not args.set and args.limit is None and args.method is None
+    plain = not args.set and all(value is None for value in (args.limit, args.method, args.data, args.images))
     published = plain and bool(args.spec) and PUBLISHED in Path(args.spec).resolve().parents
     return spec, published
 

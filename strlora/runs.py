@@ -20,7 +20,7 @@ import torch
 from . import checkpoint
 from .card import write_card
 from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_json, write_json
-from .folder import finish, info_of, locked, merge_rows, provenance, status_of, write_rows
+from .folder import finish, info_of, locked, merge_rows, provenance, same_files, status_of, write_rows
 from .job import Job
 from .progress import Progress
 from .spec import EXECUTION, RunSpec, as_dict, resolve
@@ -199,6 +199,7 @@ def follow(
     info = {**provenance(spec), "parameters": job.parameters, "extra_samples": job.extra_samples,
             "resumed": before.get("resumed", 0) + bool(before)}
     main = job.accelerator.is_main_process
+    if before: same_files(folder, job.stream)
     if main: note(folder, info, "running", started)
     if main: write_json(folder/"stream.json", job.stream.manifest())
     try:
@@ -261,6 +262,7 @@ def train(
     progress = Progress(sum(steps), job.trainer.total if job.trains else 0, len(plan), job.accelerator.is_main_process)
     if not (fresh or known): progress.say("another number of processes than before: dropout draws other numbers from here on")
     recorder = Recorder(job, folder, progress)
+    for remark in job.stream.source.get("remarks", []): progress.say(remark)
     try:
         with stopping(recorder):
             if fresh: recorder.floor()

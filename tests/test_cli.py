@@ -26,7 +26,7 @@ def said(*words):
 def sets(base): return [x for pair in (f"model.base={base!r}", *SHORT) for x in ("--set", pair)]
 
 
-@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "convert", "chat"))])
+@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat"))])
 def test_help_needs_nothing(words):
     code = ("import sys, strlora.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as e: assert e.code == 0\n"
             "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)")
@@ -71,7 +71,7 @@ def test_a_limit_makes_everything_smaller():
 def test_every_verb_is_there():
     from strlora.cli import VERBS
     verbs = next(a for a in parser()._actions if a.dest == "verb").choices
-    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "convert", "chat"}
+    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat"}
 
 
 def test_run_report_eval(base, tmp_path):

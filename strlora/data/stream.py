@@ -7,7 +7,7 @@ __all__ = ['Chunk', 'TestSet', 'Lazy', 'Stream']
 
 # %% ../../nbs/01b_stream.ipynb #c059b080
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .records import Sample
@@ -70,9 +70,11 @@ class Stream:
     tests: dict[str, TestSet]
     tasks: tuple[str, ...]
     plan: tuple[dict[str, int], ...]    # composition of every chunk, known before any sample is made
+    source: dict[str, Any] = field(default_factory=dict)  # files it was read from: their hash, remarks; empty: made in memory
 
     def manifest(self) -> dict[str, Any]:
         "What a run records about its stream: plain values for JSON."
         chunks = [{"index": i, "size": sum(row.values()), "composition": dict(row)} for i, row in enumerate(self.plan, 1)]
         tests = {task: {"full": len(test.samples), "proxy": len(test.proxy)} for task, test in self.tests.items()}
-        return {"name": self.name, "seed": self.seed, "tasks": list(self.tasks), "chunks": chunks, "tests": tests}
+        made = {"name": self.name, "seed": self.seed, "tasks": list(self.tasks), "chunks": chunks, "tests": tests}
+        return {**made, "source": dict(self.source)} if self.source else made
