@@ -209,8 +209,8 @@ def ways_out(
     if not setup.checkpointing: yield "train.gradient_checkpointing=true", change(checkpointing=True)
     for size in dict.fromkeys((setup.batch // 2, 1)):
         if 0 < size < setup.batch: yield f"train.batch_size={size} with as much more accumulation", change(batch=size, checkpointing=True)
-    if not setup.quantize: yield "--quantize 4", change(quantize=True)
-    yield "train.batch_size=1, train.gradient_checkpointing=true and --quantize 4", change(batch=1, checkpointing=True, quantize=True)
+    if not setup.quantize: yield "model.quantize=4bit", change(quantize=True)
+    yield "train.batch_size=1, train.gradient_checkpointing=true and model.quantize=4bit", change(batch=1, checkpointing=True, quantize=True)
     for strategy in ("zero2", "fsdp2"):
         if strategy != setup.strategy and setup.gpus > 1: yield f"--strategy {strategy} in a loop of your own", change(strategy=strategy)
     for more in (2, 4, 8):
@@ -246,7 +246,7 @@ def setup_of(
             raise SpecError(expected="a number above 0", found=value, where=f"--{name}", remedy="Change the value.")
     if spec.method != "zero_shot": check_processes(spec.train.batch_size, spec.train.accumulation, gpus)
     return Setup(gpus, size, args.strategy, args.tokens or tokens_of(s), spec.train.batch_size, spec.train.gradient_checkpointing,
-                 args.quantize == 4, args.peak, args.mfu)
+                 spec.model.quantize == "4bit", args.peak, args.mfu)
 
 
 def planned(
@@ -288,7 +288,7 @@ def command(
     spec: RunSpec,             # resolved
 ) -> int:                      # 1 if it does not fit
     "`strlora plan`"
-    s = sizes(spec, torch.float32 if args.base_dtype == "float32" else torch.bfloat16)
+    s = sizes(spec, getattr(torch, spec.model.dtype))
     plan = planned(spec, s, setup_of(args, spec, s))
     print(json.dumps(plan, indent=1) if args.json else written(plan))
     if not plan["fits"]: print(f"strlora: {plan['refusal']}", file=sys.stderr)

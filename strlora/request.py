@@ -56,13 +56,11 @@ def add_plan(
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     p.add_argument("--gpus", default="4x80", metavar="NxGB", help="GPUs and the GB of each (default: 4x80)")
     p.add_argument("--strategy", choices=["ddp", "fsdp2", "zero2"], default="ddp", help="how they share the model (default: ddp)")
-    p.add_argument("--base-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="frozen weights (default: bfloat16)")
-    p.add_argument("--quantize", type=int, choices=[4], help="bits of the frozen linear layers of the language model")
     p.add_argument("--tokens", type=int, metavar="N", help="tokens of a sample (default: those of the largest picture)")
     p.add_argument("--peak", type=float, default=989.0, metavar="TFLOPS", help="of a GPU (default: 989, H100 SXM, bf16, dense)")
     p.add_argument("--mfu", type=float, default=0.35, metavar="SHARE", help="of the peak that training reaches (default: 0.35)")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
-    p.set_defaults(seed=None, threads=None, limit=None)
+    p.set_defaults(seed=None, threads=None, limit=None, data=None, images=None)
 
 
 TUNE_HELP = "search the settings of a method on tuning seeds, with the same budget for every method"

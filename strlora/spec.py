@@ -143,6 +143,7 @@ def _measured(stream: Any) -> dict[str, Any]:
     sizes = ("name", "chunks", "chunk_size", "test_size", "proxy_size")
     given = isinstance(stream, Mapping) and stream.get("data")
     if not given or not isinstance(given, str) or all(name in stream for name in sizes): return {}
+    if "://" not in given and not Path(given).exists(): return {}  # a plan needs no data, and a run without them ends at its start
     from strlora.data.layout import sizes_of
     return {"stream": {**sizes_of(given), **stream}}
 

@@ -19,6 +19,9 @@ COMMON = {
     "scale": ("paper", "first folder of the results"),
     "stream.name": ("strcvit", "the released composition"),
     "stream.chunk_size": (2000, "official scripts"),
+    "stream.data": ("data/StrCVIT", "folder of the released files, or a link to it; CC BY-NC 4.0, not shipped with this package"),
+    "stream.images": ("data/images", "folder of their pictures, or a link to it"),
+    "model.dtype": ("bfloat16", "official scripts"),
     "train.device": ("auto", "GPUs, if there are any"),
     "train.threads": (0, "ours: as the machine has them"),
     "train.precision": ("bf16", "official scripts"),
@@ -39,8 +42,7 @@ PROJECTOR = {"train.train_projector": (True, "official scripts for InternVL; its
 OWN = {
     "replay": {"settings.memory": (500, "ours: 1 % of 50 000 samples")},
     "lwf": {"settings.lwf_top_k": (64, "ours: bounds memory with a vocabulary of 10^5 words")},
-    "strlora_released": {"settings.init_experts": ("normal", "official code: deviation 0.01")},
-    "smolora_released": {"settings.init_experts": ("normal", "official code: deviation 0.01")},
+    **{name: {"settings.init_experts": ("normal", "official code: deviation 0.01")} for name in ("strlora_released", "smolora_released")},
 }
 RELEASED = {
     ("strlora_released", "gemma3_4b"): {"settings.freeze_from_chunk": (4, "official scripts for Gemma; InternVL: 5")},
@@ -70,7 +72,7 @@ def settings(backbone: str, method: str) -> dict[str, tuple]:
 def text(backbone: str, method: str) -> str:
     "The file: tables in the order of the record, each value with its source behind it."
     known = flat(as_dict(resolve({"method": method})))
-    found = {name: pair for name, pair in settings(backbone, method).items() if known[name] != pair[0]}
+    found = {name: pair for name, pair in settings(backbone, method).items() if known.get(name, "") != pair[0]}  # unset places of files are not in the record
     what = "no training" if method == "zero_shot" else "25 x 2000 samples in steps of 32, proxies after every chunk, full sets after the last"
     head = [f"# {method} on {BACKBONES[backbone]}: {what}."]
     head += [f"# {line}" for key in ((method, ""), (method, backbone)) for line in NOTES.get(key, ())]
