@@ -13,10 +13,9 @@ from small import make_base, session
 
 import strlora
 from strlora.backbones.processor import InternVLImageProcessor
-from strlora.core import CheckpointError, SpecError, read_json, write_json
-from strlora.folder import parameter_counts, same_run
+from strlora.core import SpecError, read_json
+from strlora.folder import parameter_counts
 from strlora.job import load_model, packed
-from strlora.spec import as_dict, resolve
 from strlora.trainer import train_step
 
 
@@ -170,12 +169,3 @@ def test_adapters_work_beside_packed_weights():
 
 
 # --- records of earlier versions ------------------------------------------------------------------------------------
-
-def test_a_run_from_before_a_setting_existed_is_the_same_run(tmp_path):
-    spec = resolve({"method": "lora"})
-    older = as_dict(spec)
-    del older["model"]["dtype"], older["model"]["quantize"]
-    write_json(tmp_path/"run.json", {"schema": 1, "status": "finished", "method": "lora", "spec": older})
-    same_run(tmp_path, spec)
-    with pytest.raises(CheckpointError, match="model.dtype is 'bfloat16' here and None in that run"):
-        same_run(tmp_path, resolve({"method": "lora", "model": {"dtype": "bfloat16"}}))
