@@ -166,6 +166,3 @@ def test_adapters_work_beside_packed_weights():
     assert {p.dtype for p in models[0].parameters() if p.requires_grad} == {torch.float32}
     assert any(p.dtype == torch.uint8 for p in models[0].parameters())
     assert parameter_counts(models[0]) == parameter_counts(models[1]), "counted as weights, not as bytes"
-
-
-# --- records of earlier versions ------------------------------------------------------------------------------------
