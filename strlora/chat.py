@@ -88,7 +88,7 @@ def command(
     "`strlora chat`"
     if args.tokens < 1: raise SpecError(expected="at least 1", found=args.tokens, where="--tokens", remedy="Give a number of tokens.")
     images, speaker = pictures(args.image), Speaker(args.run, args.device)
-    for question in [args.question] if args.question is not None else lines():
+    for question in [args.question] if args.question != "-" else lines():
         said = speaker.answer(images, question, args.tokens)
         print(json.dumps({"question": question, "answer": said}) if args.json else said, flush=True)
     return 0

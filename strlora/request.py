@@ -94,7 +94,7 @@ def add_chat(
     "Options of `strlora chat`."
     p = verbs.add_parser("chat", help="ask the model of a run about a picture", description="Ask the model of a run about a picture.")
     p.add_argument("run", metavar="RUN", help="folder of the run")
-    p.add_argument("question", nargs="?", metavar="QUESTION", help="what to ask; without it, lines are read from the terminal")
+    p.add_argument("question", metavar="QUESTION", help="what to ask; - reads questions from the terminal, one a line")
     p.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; may be repeated")
     p.add_argument("--tokens", type=int, default=100, metavar="N", help="longest answer (default: 100)")
     p.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")

@@ -131,3 +131,14 @@ def test_zero_shot_and_joint_end_in_a_table(base, tmp_path):
         assert code == 0 and "final AP" in out, err
     code, out, _ = said("report", tmp_path/"zero_shot", tmp_path/"joint", "--json")
     assert [r["method"] for r in json.loads(out)] == ["zero_shot", "joint"]
+
+
+def test_chat_takes_its_words_in_either_order():
+    for words in (["chat", "RUN", "--image", "a.png", "What?"], ["chat", "--image", "a.png", "RUN", "What?"]):
+        args = parser().parse_args(words)
+        assert (args.run, args.question, args.image) == ("RUN", "What?", ["a.png"])
+
+
+def test_chat_names_a_picture_that_cannot_be_read(tmp_path):
+    code, _, err = said("chat", tmp_path, "--image", tmp_path/"none.png", "What?")
+    assert code == 2 and "none.png" in err and "a picture" in err
