@@ -64,11 +64,11 @@ def land(
     "Put the chosen values into an experiment; what equals the default is left out, the file's other settings stay."
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     given = load(path) if path.exists() else {"method": method, "stream": {"name": stream}}
-    values: dict[str, Any] = override(given, [f"{name}={written(value)}" for name, value in chosen.items()])
+    values: dict[str, Any] = override(given, [f"{name}={written(value)}" for name, value in chosen.items() if value is not None])
     known = flat(as_dict(resolve({"method": method})))
     for name, value in chosen.items():
         group, _, key = name.rpartition(".")
-        if known[name] == value: values[group].pop(key)
+        if known[name] == value: values.get(group, {}).pop(key, None)
     usual = (("method", "strlora"), ("stream", {"name": "windows"}))
     values = {k: v for k, v in values.items() if v != {} and (k, v) not in usual}
     resolve(values, path)

@@ -27,7 +27,7 @@ from .parallel import Child, child, steps_of, tail, work_off
 from .report import load_run, metrics
 from .request import asked, experiment, words_for
 from .spec import as_dict, flat, resolve
-from .toml import land
+from .toml import land, written
 
 # %% ../nbs/14b_tune.ipynb #5f87a4cc
 RATES, LATER, MOST = (2.5e-4, 5e-4, 1e-3, 2e-3), (0.5, 0.2), 9
@@ -141,7 +141,7 @@ def children(
 ) -> list[Child]:
     "The runs of one setting, one a tuning seed."
     chunks = asked(words_for(method, stream, seeds[0], limit))[0].stream.chunks
-    pairs = [f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}" for name, value in setting.items()]
+    pairs = [f"{name}={written(value)}" for name, value in setting.items() if value is not None]
     label = " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in setting.items())
     plain = [*PLAIN, f"eval.every={max(chunks // LOOKS, 1)}"]
     runs = [child(label, words_for(method, stream, seed, limit, [*plain, *pairs])) for seed in seeds]

@@ -18,7 +18,7 @@ from strlora.data.mini.bench import REPORTING_SEEDS, TUNING_SEEDS
 from strlora.methods.table import METHODS
 from strlora.request import asked
 from strlora.runs import status_of
-from strlora.spec import as_dict, load
+from strlora.spec import as_dict, flat, load, resolve
 
 SPEC = """# a small {method}
 method = "{method}"
@@ -136,6 +136,20 @@ def test_dry_runs_start_nothing(place):
     rows = json.loads(said("compare", "lora", "strlora", "--dry-run", "--json")[1])
     assert [r["status"] for r in rows] == ["absent"] * 6 and "experiments" in rows[0]["command"]
     assert not Path("scratch").exists() and not Path("results").exists()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].adapter and not METHODS[m].follows])
+def test_every_setting_of_the_grid_becomes_a_run_and_can_land(method, tmp_path, monkeypatch):
+    "Also where a default is unset, which TOML cannot say."
+    start = tune.defaults(method)
+    settings = [s for name in tune.stages(method, False) for s in tune.stage(method, name, start)]
+    file = tmp_path/"lands.toml"
+    for setting in settings:
+        run = tune.children(method, "windows", setting, 8, [TUNING_SEEDS[0]])[0]
+        found = flat(as_dict(run.spec))
+        assert {name: found[name] for name in setting} == setting
+        toml.land(file, method, setting, "a choice")
+        assert {name: flat(as_dict(resolve(load(file))))[name] for name in setting} == setting
 
 
 def test_landing_keeps_the_file_and_leaves_defaults_out(place):
