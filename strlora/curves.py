@@ -99,7 +99,7 @@ def _end_label(method: str, group: Sequence[Run], split: str) -> str:
     "Name, MAP and MAF."
     values = pd.DataFrame([measure(r.scores(split), r.counts, r.definition(split)) for r in group]).mean()
     names = ("final AP",) if np.isnan(values["MAF"]) else ("MAP", "MAF")
-    numbers = [f"{name} {values[name]:.1f}" for name in names]
+    numbers = [f"{name} {round(values[name], 1) + 0.0:.1f}" for name in names]  # never -0.0
     return "\n".join([look(method)[0], " · ".join(numbers)]).strip()
 
 
