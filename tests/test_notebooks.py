@@ -42,20 +42,23 @@ def run(name: str, slow: bool) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def runs(request):
-    "The chosen notebooks, running on two workers; each test waits for its own."
+    "Runs a notebook. Without pytest's own workers two notebooks run at a time, and each test waits for its own."
+    slow = request.config.getoption("--slow")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the tests, and so the notebooks
+        yield lambda name: run(name, slow)
+        return
     chosen = [item.callspec.params["name"] for item in request.session.items
               if item.path == Path(__file__) and item.originalname == "test_notebook"]
-    slow = request.config.getoption("--slow")
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         futures = {name: pool.submit(run, name, slow) for name in chosen}
-        yield futures
+        yield lambda name: futures[name].result()
         for future in futures.values(): future.cancel()
 
 
 @pytest.mark.timeout(0)                                   # each notebook has its own limit
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name, runs):
-    status, output = runs[name].result()
+    status, output = runs(name)
     assert status == 0, f"{name} failed; run it with: .venv/bin/nbdev_test --path nbs/{name}\n{output[-6000:]}"
 
 
