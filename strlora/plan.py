@@ -210,7 +210,8 @@ def ways_out(
     for size in dict.fromkeys((setup.batch // 2, 1)):
         if 0 < size < setup.batch: yield f"train.batch_size={size} with as much more accumulation", change(batch=size, checkpointing=True)
     if not setup.quantize: yield "model.quantize=4bit", change(quantize=True)
-    yield "train.batch_size=1, train.gradient_checkpointing=true and model.quantize=4bit", change(batch=1, checkpointing=True, quantize=True)
+    all_three = change(batch=1, checkpointing=True, quantize=True)
+    yield "train.batch_size=1, train.gradient_checkpointing=true and model.quantize=4bit", all_three
     for strategy in ("zero2", "fsdp2"):
         if strategy != setup.strategy and setup.gpus > 1: yield f"--strategy {strategy} in a loop of your own", change(strategy=strategy)
     for more in (2, 4, 8):

@@ -105,7 +105,9 @@ def spec_of(
     args: argparse.Namespace,  # of `strlora run`
 ) -> tuple[Any, bool]:         # resolved spec, and whether it is a published one
     "The spec of a command line: file, then method and seed, then single settings, then the limit."
+    from strlora.data.layout import local_folder
     from strlora.spec import load, override, resolve
+    if args.data is not None: local_folder(args.data)  # the folder of a file may be filled later, that of a command line is there
     values = load(args.spec) if args.spec else {}
     flags = {"method": args.method, "seed": args.seed, "train.threads": args.threads, "stream.data": args.data,
              "stream.images": args.images}

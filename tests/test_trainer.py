@@ -134,7 +134,7 @@ def test_a_launch_that_cannot_train_is_refused_before_a_model_is_loaded(base, mo
     launched = SimpleNamespace(num_processes=4, distributed_type=trainer.DistributedType.MULTI_GPU, device="cpu")
     monkeypatch.setattr(trainer, "Accelerator", lambda **_: launched)
     assert trainer.make_accelerator(TrainConfig()) is launched
-    monkeypatch.setattr(job, "load_model", lambda base: (_ for _ in ()).throw(AssertionError("a model was loaded")))
+    monkeypatch.setattr(job, "load_model", lambda *_: (_ for _ in ()).throw(AssertionError("a model was loaded")))
     with pytest.raises(SpecError, match="divides train.accumulation = 6, found 4"): session(base, "batch_size=2", "accumulation=6")
     with pytest.raises(AssertionError, match="was loaded"): session(base, "method=zero_shot", "accumulation=6")
     for launched.distributed_type in (trainer.DistributedType.FSDP, trainer.DistributedType.DEEPSPEED):
