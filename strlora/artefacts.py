@@ -28,6 +28,7 @@ COLUMNS = {
                             "score", "task_version"),
     "train.parquet": ("step", "chunk", "loss", "lr"),
     "routing.parquet": ("after_chunk", "layer", "task", "expert", "weight", "selected", "entropy"),
+    "skipped.parquet": ("chunk", "place", "sample_id", "path", "reason"),
 }
 RUN_KEYS, STREAM_KEYS = ("method", "spec", "status"), ("name", "seed", "tasks", "chunks", "tests")
 KINDS = {"method": str, "spec": dict, "status": str, "tasks": list, "chunks": list, "tests": dict}
@@ -93,6 +94,7 @@ class Run:
     predictions: pd.DataFrame          # one row an answer
     train: pd.DataFrame | None         # one row a step; None for a method that trains nothing
     routing: pd.DataFrame | None       # None for a method without experts
+    skipped: pd.DataFrame | None = None  # training samples that were left out; None: there were none
 
     def __repr__(self) -> str: return f"Run({self.method}, {self.stream['name']}, seed {self.seed}, {len(self.counts)} chunks)"
 
@@ -116,7 +118,7 @@ class Run:
         fresh, versions = _judged(self.predictions, rules)
         spec = {**self.info["spec"], "eval": {**self.info["spec"].get("eval", {}), "rules": rules}}
         return Run(self.folder, {**self.info, "spec": spec}, self.stream, self.predictions.assign(score=fresh, task_version=versions),
-                   self.train, self.routing)
+                   self.train, self.routing, self.skipped)
 
     @cached_property
     def counts(self) -> pd.DataFrame:
@@ -150,12 +152,12 @@ def load_run(
     if not folder.is_dir():
         raise CheckpointError(expected="the folder of a run", found="none", where=folder, remedy="Make one with `strlora run`.")
     info, stream = _document(folder, "run.json", RUN_KEYS), _document(folder, "stream.json", STREAM_KEYS)
-    optional = {name: _frame(folder, name) if (folder / name).exists() else None for name in ("train.parquet", "routing.parquet")}
+    optional = {name: _frame(folder, name) if (folder / name).exists() else None for name in COLUMNS if name != "predictions.parquet"}
     rules = info["spec"].setdefault("eval", {}).setdefault("rules", "strict")   # older runs could not choose
     predictions = rescore(_frame(folder, "predictions.parquet"), folder / "predictions.parquet", rules)
     if predictions.empty:
         raise CheckpointError(expected="predictions", found="none yet", where=folder, remedy="Go on with `strlora resume`.")
-    return Run(folder, info, stream, predictions, optional["train.parquet"], optional["routing.parquet"])
+    return Run(folder, info, stream, predictions, *optional.values())
 
 # %% ../nbs/15a_artefacts.ipynb #8e143685
 def specimen(

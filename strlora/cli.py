@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p = _verb(verbs, "resume", "go on with a run that did not finish")
     p.add_argument("run", metavar="RUN", help="folder of the run")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                   help="train.threads, train.save_every or train.grad_norm_every; nothing that moves a result")
+                   help="train.threads, train.workers, train.save_every, train.grad_norm_every, stream.bad_images; "
+                        "nothing that moves a result")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     p.add_argument("--dry-run", action="store_true", help="say from where it would go on and stop")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")

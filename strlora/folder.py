@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'hardware', 'provenance', 'parameter_counts',
-           'write_rows', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed', 'same_run', 'same_files',
-           'locked', 'replacing']
+           'write_rows', 'rows_so_far', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed', 'same_run',
+           'same_files', 'locked', 'replacing']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
 import contextlib
@@ -94,7 +94,7 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
             "trainable": sum(size(p) for p in model.parameters() if p.requires_grad), "ema": ema}
 
 # %% ../nbs/14a_folder.ipynb #a69ecfd4
-TABLES = ("train", "predictions", "routing")
+TABLES = ("train", "predictions", "routing", "skipped")
 
 
 def write_rows(
@@ -105,6 +105,14 @@ def write_rows(
     names = list(dict.fromkeys(k for row in rows for k in row))
     table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
     with atomic_file(path) as temporary: pq.write_table(table, temporary, compression="zstd", compression_level=9)
+
+
+def rows_so_far(
+    folder: Path,  # of a run
+    name: str,     # of the table
+) -> list[dict[str, Any]]:
+    "The rows of a table that finished chunks, and the one in progress, have left so far."
+    return [row for p in sorted((folder/"parts").glob(f"*.{name}.parquet")) for row in pq.read_table(p).to_pylist()]
 
 
 def merge_rows(

@@ -223,7 +223,7 @@ class Job:
         self.extra_samples = samples_of(self.seen) - samples_of(self.stream) if self.method.memory else 0
         if self.trains:
             self.trainer = Trainer(self.model, self.collate, spec.train, self.method.parts(spec.settings), spec.seed,
-                                   self.encode, self.accelerator)
+                                   self.encode, self.accelerator, spec.stream.bad_images == "skip")
 
     def questions(self, split: str, limit: int | None = None) -> list[Prompts]:
         "The test prompts of a split, at most `limit` of a task, prepared once."

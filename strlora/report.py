@@ -42,7 +42,9 @@ def table(
         lines.append(f"{task[:10]:11}" + "".join(cells))
     ap = AP_k(scores, counts, definition)
     lines += ["", f"{'AP':11}" + "".join((f"{ap[k]:5.1f} " if k else " " * 6) for k in shown), "", _verdict(run, split)]
-    return "\n".join(line.rstrip() for line in [*lines, "* trained in this chunk   · not yet seen"])
+    lines += ["* trained in this chunk   · not yet seen"]
+    if run.skipped is not None: lines += [f"{len(run.skipped)} training samples left out, their images could not be read: skipped.parquet"]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _few_rows(chunks: list[int], room: int) -> list[int]:
@@ -152,7 +154,8 @@ def labels(
     return names
 
 
-SEEDS = ("seed", "stream.seed", "train.threads", "train.save_every", "train.grad_norm_every")   # do not make another method
+SEEDS = ("seed", "stream.seed", "train.threads", "train.workers", "train.save_every", "train.grad_norm_every",
+         "stream.bad_images")   # do not make another method
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -180,11 +183,13 @@ def summary_json(
     split: str = "proxy",        # "proxy" | "full"
 ) -> str:                        # a JSON list, one object a run
     "`summary` for machines: metrics and tasks apart, null where a run cannot tell."
-    frame, out = summary(runs, split), []
-    for row in frame.to_dict("records"):
+    runs, out = _one_scale(runs), []
+    frame = summary(runs, split)
+    for run, row in zip(runs, frame.to_dict("records"), strict=True):
         value = {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
         tasks = {k: v for k, v in value.items() if k not in METRICS and k not in frame.columns[:5]}
-        out.append({k: v for k, v in value.items() if k not in tasks} | {"split": split, "final": tasks})
+        out.append({k: v for k, v in value.items() if k not in tasks} | {"split": split, "final": tasks} |
+                   ({} if run.skipped is None else {"skipped": len(run.skipped)}))
     return json.dumps(out, indent=1, allow_nan=False)
 
 # %% ../nbs/16_report.ipynb #94c66162

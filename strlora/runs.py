@@ -20,7 +20,7 @@ import torch
 from . import checkpoint
 from .card import write_card
 from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_json, write_json
-from .folder import finish, info_of, locked, merge_rows, provenance, same_files, status_of, write_rows
+from .folder import finish, info_of, locked, merge_rows, provenance, rows_so_far, same_files, status_of, write_rows
 from .job import Job
 from .progress import Progress
 from .spec import EXECUTION, RunSpec, as_dict, resolve
@@ -70,6 +70,17 @@ class Recorder(Watcher):
         self.progress.step(row)
         if self.asked_to_stop(): self.pause()
         elif self.spec.train.save_every and run.step % self.spec.train.save_every == 0: self.save()
+
+    def left_out(self, run: Trainer, rows: Sequence[dict[str, Any]]) -> None:
+        "Write down what is missing from the chunk, at once; say it of every sample once in a run, however often it is resumed."
+        if not self.main: return
+        before = rows_so_far(self.folder, "skipped")
+        known, places = {row["sample_id"] for row in before}, {(row["chunk"], row["place"]) for row in before}
+        for sample, row in {row["sample_id"]: row for row in rows}.items():
+            if sample in known: continue
+            self.progress.say(f"left out: sample {sample} ({row['file']}, record {row['record']}), {row['reason']}")
+        fresh = [row for row in rows if (row["chunk"], row["place"]) not in places]
+        self.part(run.chunk, "skipped", [row for row in before if row["chunk"] == run.chunk] + fresh)
 
     def chunk_trained(self, run: Trainer) -> None:
         self.save()

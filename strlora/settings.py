@@ -25,6 +25,9 @@ class StreamConfig:
     proxy_size: int = sourced(40, "ours", "questions in the fixed proxy of a task")
     data: str = sourced("", "ours: made in memory", "folder with a stream in files, or hf://datasets/OWNER/NAME; empty: none")
     images: str = sourced("", "ours", "folder that <STRCVIT_IMAGE_ROOT> stands for; empty: images/ in the folder of the files")
+    bad_images: Literal["error", "skip"] = sourced(
+        "error", "ours: what is trained on is what the files say, or nothing",
+        "a training sample whose image cannot be read: `error` stops, `skip` leaves it out, named and counted; a test sample always stops")
 
 # %% ../nbs/14_settings.ipynb #9b823d4c
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,8 @@ class TrainConfig:
                                              "`auto` takes the accelerator there is")
     threads: int = sourced(1, "ours: at mini scale a second thread gains little and loses much beside other work",
                            "CPU threads; 0: leave as it is")
+    workers: int = sourced(0, "ours: pictures of the mini benchmark are encoded once and need none",
+                           "processes that prepare the coming forward passes, where pictures pass at every step; 0: none")
     grad_norm_every: int = sourced(25, "ours: once in a chunk of 200",
                                    "steps between gradient norms of single terms; 0: never")
     save_every: int = sourced(25, "ours", "steps between checkpoints within a chunk; 0: only at its end")

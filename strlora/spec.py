@@ -67,7 +67,8 @@ def as_dict(
 ) -> dict[str, Any]:      # nested, ready for JSON
     "The record as plain data; one of a stream in memory says nothing of files, as records did before there were any."
     values = _whole(spec)
-    values["stream"] = {k: v for k, v in values["stream"].items() if v != "" or k not in ("data", "images")}
+    files = {"data": "", "images": "", **({} if spec.stream.data else {"bad_images": "error"})}
+    values["stream"] = {k: v for k, v in values["stream"].items() if k not in files or v != files[k]}
     return values
 
 
@@ -88,7 +89,7 @@ def flat(
 POSITIVE = {"stream": ("chunks", "chunk_size", "test_size", "proxy_size"), "train": ("batch_size", "accumulation"),
             "eval": ("every", "prompts")}
 NOT_NEGATIVE = {"train": ("lr", "lr_later", "warmup", "weight_decay", "clip", "projector_lr", "threads",
-                          "grad_norm_every", "save_every"),
+                          "workers", "grad_norm_every", "save_every"),
                 "eval": ("full_every", "routing_every", "max_new_tokens")}
 
 
@@ -110,8 +111,9 @@ def _check_ranges(spec: RunSpec, where: str) -> None:
     for name, seed in (("seed", spec.seed), ("stream.seed", spec.stream.seed)):
         if seed is not None and seed < 0:
             raise SpecError(expected="at least 0", found=seed, where=f"{where}: {name}", remedy="Change the value.")
-    if spec.stream.images and not spec.stream.data:
-        raise SpecError(expected="images of a stream in files", found="no stream.data", where=f"{where}: stream.images",
+    for name, usual in (("images", ""), ("bad_images", "error")):
+        if getattr(spec.stream, name) == usual or spec.stream.data: continue
+        raise SpecError(expected="images of a stream in files", found="no stream.data", where=f"{where}: stream.{name}",
                         remedy="Give the folder of the files, too.")
     if spec.stream.proxy_size > spec.stream.test_size:
         raise SpecError(expected=f"at most stream.test_size = {spec.stream.test_size}", found=spec.stream.proxy_size,
@@ -197,7 +199,7 @@ def override(
     return values
 
 # %% ../nbs/14_spec.ipynb #028dbe6f
-EXECUTION = ("train.threads", "train.grad_norm_every", "train.save_every")
+EXECUTION = ("train.threads", "train.workers", "train.grad_norm_every", "train.save_every", "stream.bad_images")
 
 
 def digest(

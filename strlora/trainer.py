@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Watcher', 'trainable', 'make_accelerator', 'Trainer', 'chunk_batches', 'counts', 'train_step',
-           'apply_step', 'check_finite', 'flat_gradient', 'add_up', 'training_state', 'restore']
+           'apply_step', 'let_pass', 'check_finite', 'flat_gradient', 'add_up', 'training_state', 'restore']
 
 # %% ../nbs/11a_trainer.ipynb #ed93fed0
 import contextlib
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .core import RecordError, SpecError, TrainingError
 from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak, plan
+from .sieve import sift
 from .spec import TrainConfig
 from .tuner.root import instruction_of
 
@@ -33,6 +34,8 @@ class Watcher:
     "What happens beside training; does nothing."
 
     def step_done(self, run: Any, row: dict[str, Any]) -> None: "After every optimizer step, with its row of numbers."
+
+    def left_out(self, run: Any, rows: Sequence[dict[str, Any]]) -> None: "Before the steps of a chunk without these samples."
 
     def chunk_trained(self, run: Any) -> None: "After the last step of a chunk."
 
@@ -75,8 +78,9 @@ class Trainer:
         seed: int = 0,                                            # of order and dropout
         encode: Encoder | None = None,                            # gives image features; None: pictures pass every time
         accelerator: Accelerator | None = None,
+        skip: bool = False,                                       # leave out samples whose images cannot be read
     ):
-        self.accelerator = accelerator or make_accelerator(config)
+        self.accelerator, self.skip = accelerator or make_accelerator(config), skip
         self.model, self.collate, self.config, self.seed, self.encode = model, collate, config, seed, encode
         self.parts = dict(parts or {})
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -110,7 +114,10 @@ class Trainer:
 
     def train_chunk(self, chunk: Any, watcher: Watcher) -> None:
         "Take every step of a chunk that is not yet done."
-        steps, self.samples = self.batches(chunk), chunk.samples
+        out = sift(chunk, self.accelerator, self.config.workers) if self.skip else {}
+        if out: watcher.left_out(self, list(out.values()))
+        steps = self.batches(chunk, out)
+        self.samples = [s for i, s in enumerate(chunk.samples) if i not in out] if out else chunk.samples
         self.model.train()
         if self.step == 0:
             if self.config.optimizer_state == "restart": self.optimizer.state.clear()
@@ -140,29 +147,31 @@ class Trainer:
         labels = batch.pop("labels")
         with self.accelerator.autocast(): return answer_loss(self.model(**batch, use_cache=False).logits, labels)
 
-    def batches(self, chunk: Any) -> list[Callable[[], list[dict[str, Tensor]]]]:
+    def batches(self, chunk: Any, out: Container[int] = ()) -> list[Callable[[], list[dict[str, Tensor]]]]:
         "For every step, a function that makes this process's forward passes."
         if not len(chunk.samples):
             raise RecordError(expected="at least one sample", found="none", where=f"chunk {chunk.index}",
                               remedy="Leave the chunk out of the stream.")
-        return chunk_batches(self, chunk)
+        return chunk_batches(self, chunk, out)
 
 # %% ../nbs/11a_trainer.ipynb #81ebcccb
 def chunk_batches(
     run: Trainer,  # seed, batch sizes, collator, encoder
     chunk: Any,    # index and samples
+    out: Container[int] = (),  # places of samples that are left out of their steps
 ) -> list[Callable[[], list[dict[str, Tensor]]]]:
     "The forward passes of every step of a chunk, made when they are needed."
     p, rank = run.accelerator.num_processes, run.accelerator.process_index
     config = run.config
     steps = plan(len(chunk.samples), chunk.index, run.seed, config.batch_size, config.accumulation, p)
-    mine = [step[rank * len(step) // p:(rank + 1) * len(step) // p] for step in steps]
-    places = sorted({i for step in mine for part in step for i in part}) or [0]
+    whole = [step[rank * len(step) // p:(rank + 1) * len(step) // p] for step in steps]
+    mine = [[[i for i in part if i not in out] for part in step] for step in whole]
+    places = sorted({i for step in mine for part in step for i in part}) or [next(i for i in range(len(chunk.samples)) if i not in out)]
     samples = {i: chunk.samples[i] for i in places}
     features = dict(zip(places, run.encode(list(samples.values())))) if run.encode else {}
 
     def batch(part: list[int]) -> dict[str, Tensor]:
-        rows = part or places[:1]  # a process with nothing to do goes along with a sample that does not count
+        rows = part or places[:1]  # a pass with nothing in it goes along with a sample that does not count
         made = run.collate([samples[i] for i in rows])
         if run.encode: made["features"] = torch.cat([features[i] for i in rows])
         if not part: made["labels"] = torch.full_like(made["labels"], -100)
@@ -202,7 +211,7 @@ def train_step(
         add_up(terms, {name: term.detach() for name, term in found.items()})
     values = check_finite(run, {name: accelerator.reduce(value, "sum") for name, value in terms.items()})
     norms = {f"grad_norm_{name}": float(accelerator.reduce(grad, "sum").norm()) for name, grad in grads.items()}
-    norm = apply_step(run, share_of_peak)
+    norm = apply_step(run, share_of_peak) if samples else let_pass(run)
     told = {name: value for part in run.parts.values() for name, value in part.numbers().items()}
     return {"loss": sum(values.values()), **values, "grad_norm": norm, **norms, **told,
             "lr": run.optimizer.param_groups[0]["lr"],
@@ -224,6 +233,14 @@ def apply_step(
     run.optimizer.zero_grad()
     run.moment("after_step")
     return float(norm)
+
+
+def let_pass(
+    run: Trainer,  # at a step whose samples were all left out
+) -> float:        # norm of its gradient
+    "Nothing was seen, so nothing moves: neither weights nor what an optimizer or a slow copy remembers."
+    run.optimizer.zero_grad()
+    return 0.0
 
 
 def check_finite(
