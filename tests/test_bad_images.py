@@ -87,6 +87,7 @@ def test_samples_are_left_out_by_name_and_the_rest_stays(copy, base, tmp_path, m
     assert timeless(rows(tmp_path/"cut", "train")) == timeless(rows(tmp_path/"whole", "train"))
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_a_picture_goes_on_without_it(copy, base, tmp_path):
     ids = spoil(copy, {(2, 4): cut})
     with pytest.raises(RecordError, match=r"train/data_002.json, record 4.*bad_images=skip"):

@@ -178,13 +178,12 @@ def test_projector_trains_at_its_own_rate(base):
 def test_nan_stops_with_the_place_and_keeps_the_state(base, tmp_path, monkeypatch):
     spec = short_spec(base, "method=lora")
     true = runs.Trainer.batches
-    def poisoned(self, chunk):
-        steps = true(self, chunk)
+    def poisoned(self, chunk, *out):
+        steps = true(self, chunk, *out)
         def broken():
-            made = steps[2]()
-            made[0]["features"] = made[0]["features"] * math.nan
-            return made
-        return steps if chunk.index < 2 else [*steps[:2], broken]
+            made = steps[2][0]()
+            return {**made, "features": made["features"] * math.nan}
+        return steps if chunk.index < 2 else [*steps[:2], [broken]]
     monkeypatch.setattr(runs.Trainer, "batches", poisoned)
     with pytest.raises(TrainingError, match="chunk 2, step 3.*finite lm"): runs.start(spec, tmp_path/"run")
     assert runs.status_of(tmp_path/"run") == "failed"
