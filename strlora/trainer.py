@@ -150,7 +150,8 @@ class Trainer:
 
     def instructions(self, samples: Sequence[Any]) -> Tensor:
         "The instruction vectors of these samples, by the frozen input embeddings alone [n, d]."
-        parts = [self.collate(samples[i:i + self.config.batch_size]) for i in range(0, len(samples), self.config.batch_size)]
+        size = self.config.batch_size
+        parts = [self.collate(samples[i:i + size], pixels=False) for i in range(0, len(samples), size)]
         pairs = send_to_device([(part["instruction_mask"], part["input_ids"]) for part in parts], self.accelerator.device)
         return torch.cat([instruction_of(self.model, mask, ids, None) for mask, ids in pairs])
 

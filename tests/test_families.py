@@ -9,7 +9,7 @@ from chats import picture, sample
 from peft import PeftModel
 
 from strlora.backbones.collate import Collator
-from strlora.evaluation import answers, prepare
+from strlora.evaluation import answers, evaluate, prepare
 from strlora.job import wrap
 from strlora.methods.table import METHODS
 from strlora.backbones.table import BACKBONES
@@ -131,6 +131,40 @@ def test_answers_in_a_batch_are_answers_one_by_one(family):
 
     (together, one), (alone, four) = ask(4), ask(1)
     assert (one, four) == (1, 4) and together == alone and len(set(together.values())) > 1
+
+
+class Mute(torch.nn.Module):
+    "Says nothing."
+
+    def generate(self, input_ids, **_): return input_ids
+
+
+def at_once(samples, collate, size, limit):
+    "Batches of prompts as one collation of all of them would have them, pixels included."
+    whole = collate(samples, answers=False)
+    lengths = whole["attention_mask"].sum(1).tolist()
+    order = sorted(range(len(samples)), key=lambda i: (limit(samples[i]), lengths[i], i))
+    return [[samples[i] for i in order[k:k + size]] for k in range(0, len(order), size)]
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_pixels_of_prompts_are_made_when_asked_for_and_only_for_this_process(family, monkeypatch):
+    "The batches that one collation of everything gives; a look makes one of them, and nothing stays."
+    collate, asked, known = Collator(PROCESSORS[family]()), [], {"task": "imagenet", "form": "", "references": ()}
+    samples = [types.SimpleNamespace(**{**vars(s), **known, "id": f"{s.id}{i}"}) for i in range(5) for s in SAMPLES]
+    def counted(some, answers=True, pixels=True):
+        asked.append((len(some), pixels))
+        return collate(some, answers, pixels)
+    prompts = prepare(samples, counted, None, 6, lambda s: 4 + len(s.id) % 2)
+    assert [list(p.samples) for p in prompts] == at_once(samples, collate, 6, lambda s: 4 + len(s.id) % 2)
+    assert not any(pixels for _, pixels in asked) and max(n for n, _ in asked) == 8
+    for p in prompts:
+        whole = collate(p.samples, answers=False)
+        assert whole.keys() == p.batch.keys() and all(torch.equal(whole[k], p.batch[k]) for k in whole) and "pixel_values" in whole
+    asked.clear()
+    rank, mute = types.SimpleNamespace(process_index=1, num_processes=2, device="cpu"), Mute()
+    monkeypatch.setattr("strlora.evaluation.gather_object", lambda rows: rows)
+    assert len(evaluate(mute, prompts, lambda ids: ["" for _ in ids], 1, "proxy", rank)) == 8 and asked == [(6, True), (2, True)]
 
 
 @pytest.mark.parametrize("family", PROCESSORS)

@@ -158,13 +158,14 @@ class Collator:
         self,
         samples: Sequence[Any],  # records with id, images, instruction, answer
         answers: bool = True,    # False for prompts to generate from
+        pixels: bool = True,     # False leaves them out, where only the tokens are looked at
     ) -> dict[str, Tensor]:
         "A batch: every column `[b, t]`, and the pixels."
         if not samples: raise RecordError(expected="at least one sample", found="an empty batch", where="Collator")
         images = [check_sample(sample, answers) for sample in samples]
         side = self.padding_side if answers else "left"
         batch = pad(columns(self, samples, images, answers), self.processor.tokenizer.pad_token_id, side)
-        return batch | self.pixels(images) if self.images else batch
+        return batch | self.pixels(images) if self.images and pixels else batch
 
     def render(self, conversations: list, answers: bool) -> list[str]:
         "Conversations through the chat template."
