@@ -21,7 +21,7 @@ from .core import SpecError, unknown
 from .methods.table import METHODS
 from .parallel import Child, child, settle, work_off
 from .report import Run, compare, labels, load_run, to_text
-from .request import experiment, words_for
+from .request import experiment, stream_of, words_for
 from .toml import MARK
 from .tune import check_seeds
 
@@ -45,13 +45,14 @@ def children(
     seeds: Sequence[int],    # of the runs
     stream: str,             # name
     limit: int | None,       # smoke test
+    files: Sequence[str] = (),  # of `stream_of`
 ) -> list[Child]:
     "One run a method and seed; the seeds of one method do not wait for all of another's."
     for name in methods:
         if name not in METHODS: raise unknown("method", name, METHODS, "strlora compare")
     if len(set(methods)) < len(methods):
         raise SpecError(expected="each method once", found=" ".join(methods), where="strlora compare", remedy="Name it once.")
-    runs = [child(method, words_for(method, stream, seed, limit)) for seed in seeds for method in methods]
+    runs = [child(method, words_for(method, stream, seed, limit, files=files)) for seed in seeds for method in methods]
     check_seeds(runs, tuning=False)
     return runs
 
@@ -109,9 +110,10 @@ def rows_of(
 def searched(
     method: str,  # name
     stream: str,  # name
+    data: str | None = None,  # folder of a stream in files
 ) -> bool:        # whether its file says that it was
     "Whether the settings of a method were chosen by the search."
-    file = experiment(method, stream)
+    file = experiment(method, stream, data=data)
     return file.exists() and MARK in file.read_text(encoding="utf-8")
 
 
@@ -119,12 +121,13 @@ def summary_of(
     runs: Sequence[Child],   # ended
     reference: str,          # method to compare with
     stream: str,             # name
+    data: str | None = None, # folder of a stream in files
 ) -> dict[str, Any]:         # for JSON; frames still as frames
     "Everything that a comparison comes to."
     done = [load_run(r.folder) for r in runs if r.state == "finished"]
     seeds = min((sum(r.label == name and r.state == "finished" for r in runs) for name in {r.label for r in runs}), default=0)
     failed = [{"method": r.label, "seed": r.spec.seed, "log": str(r.log)} for r in runs if r.state != "finished"]
-    plain = [r.label for r in runs if not searched(r.label, stream)]
+    plain = [r.label for r in runs if not searched(r.label, stream, data)]
     kept = [{"method": r.method, "seed": r.seed, "folder": str(r.folder), "commit": r.info.get("commit"),
              "dirty": r.info.get("dirty"), "seconds": r.info.get("seconds")} for r in done]
     return {"stream": stream, "reference": reference, "scores": scores_of(done, reference) if done else pd.DataFrame(),
@@ -152,14 +155,15 @@ def command(
 ) -> int:                      # 1 if a run failed
     "`strlora compare`"
     if args.reference not in METHODS: raise unknown("method", args.reference, METHODS, "--reference")
-    runs = children(args.methods, seeds_of(args.seeds), args.stream, args.limit)
+    stream, files = stream_of(args)
+    runs = children(args.methods, seeds_of(args.seeds), stream, args.limit, files)
     if args.dry_run:
         rows = [{"method": r.label, "seed": r.spec.seed, "status": settle(r), "folder": str(r.folder),
                  "command": f"strlora run {' '.join(r.words)}"} for r in runs]
         print(json.dumps(rows, indent=1) if args.json else to_text(pd.DataFrame(rows)))
         return 0
     work_off(runs, args.jobs if args.jobs is not None else os.cpu_count() or 1)
-    found = summary_of(runs, args.reference, args.stream)
+    found = summary_of(runs, args.reference, stream, args.data)
     if args.limit is not None: print("a smoke test: its numbers mean nothing", file=sys.stderr)
     show(found, args.json)
     return int(bool(found["failed"]))

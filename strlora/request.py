@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUN_HELP', 'SET_HELP', 'PUBLISHED', 'PLAN_HELP', 'TUNE_HELP', 'COMPARE_HELP', 'JOBS_HELP', 'add_run', 'add_plan',
-           'add_studies', 'add_chat', 'spec_of', 'check_limit', 'asked', 'experiment', 'words_for', 'only']
+           'add_studies', 'add_chat', 'spec_of', 'check_limit', 'asked', 'experiment', 'words_for', 'stream_of', 'only']
 
 # %% ../nbs/14b_request.ipynb #3c64933e
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,9 @@ def add_studies(
     q.add_argument("--seeds", default="0,1,2", metavar="LIST", help="seeds, separated by commas (default: 0,1,2)")
     q.add_argument("--reference", default="strlora", metavar="METHOD", help="what the others are compared with (default: strlora)")
     for p in verbs.choices["tune"], q:
-        p.add_argument("--stream", default="windows", metavar="NAME", help="name of the stream (default: windows)")
+        p.add_argument("--stream", metavar="NAME", help="name of the stream (default: windows)")
+        p.add_argument("--data", metavar="DIR", help="a stream in files instead, as for `strlora run`")
+        p.add_argument("--images", metavar="ROOT", help="folder of their images (default: DIR/images)")
         p.add_argument("--jobs", type=int, metavar="N", help=JOBS_HELP)
         p.add_argument("--limit", type=int, metavar="N",
                        help="smoke test: at most N samples a chunk and N questions a task; nothing is published")
@@ -149,9 +152,11 @@ def experiment(
     method: str,           # name of a method
     stream: str,           # name of a stream
     scale: str = "mini",   # first folder
+    data: str | None = None,  # folder of a stream in files
 ) -> Path:                 # its file, whether or not there is one
-    "The file with a method's settings for a stream."
-    return Path("experiments", scale, stream, f"{method}.toml")
+    "The file with a method's settings for a stream; what was chosen on somebody's files stays in scratch/."
+    if data is None: return Path("experiments", scale, stream, f"{method}.toml")
+    return Path("scratch", scale, "tuning", f"{stream}-{hashlib.sha256(data.encode()).hexdigest()[:6]}", f"{method}.toml")
 
 
 def words_for(
@@ -160,12 +165,25 @@ def words_for(
     seed: int,             # of the run
     limit: int | None = None,     # at most so many samples a chunk and questions a task
     settings: Sequence[str] = (), # "key=value" on top of the file
+    files: Sequence[str] = (),    # of `stream_of`
 ) -> list[str]:            # what follows `strlora run`
-    "The command line of one run among many: from the published file if there is one, with one thread."
-    file = experiment(method, stream)
-    words = [str(file)] if file.exists() else ["--method", method, "--set", f"stream.name={stream}"]
-    words += ["--seed", str(seed), "--threads", "1"] + [w for pair in settings for w in ("--set", pair)]
+    "The command line of one run among many: from the file that a search on these data or a publication left, with one thread."
+    places = [experiment(method, stream, data=data) for data in (*files[1:2], None)]
+    words = [str(file)] if (file := next(filter(Path.exists, places), None)) else ["--method", method, "--set", f"stream.name={stream}"]
+    words += [*files, "--seed", str(seed), "--threads", "1"] + [w for pair in settings for w in ("--set", pair)]
     return words + (["--limit", str(limit)] if limit is not None else [])
+
+
+def stream_of(
+    args: argparse.Namespace,  # of `strlora tune` or `strlora compare`
+) -> tuple[str, list[str]]:    # its name, and the words that name its files
+    "Which stream a study is on: one made from seeds, or one in files, which says its own name."
+    from strlora.data.layout import sizes_of
+    files = [word for name in ("data", "images") if (value := getattr(args, name)) is not None for word in (f"--{name}", value)]
+    if args.data is None: return args.stream or "windows", files
+    if args.stream is None: return sizes_of(args.data)["name"], files
+    raise SpecError(expected="one stream", found=f"--stream {args.stream} and --data {args.data}", where=f"strlora {args.verb}",
+                    remedy="Files say which stream they hold: leave --stream out.")
 
 # %% ../nbs/14b_request.ipynb #797fcfcc
 def only(

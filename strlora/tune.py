@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'LATER', 'MOST', 'KEPT', 'Setting', 'PLAIN', 'LOOKS', 'Tried', 'COLUMNS', 'defaults', 'one_chunk',
            'check_method', 'stages', 'stage', 'change', 'choose', 'check_seeds', 'told', 'children', 'scored',
-           'open_for', 'search', 'write_tried', 'plan_of', 'followers', 'shared', 'command', 'show']
+           'open_for', 'search', 'write_tried', 'plan_of', 'followers', 'shared', 'tables_of', 'command', 'show']
 
 # %% ../nbs/14b_tune.ipynb #932e9054
 import argparse
@@ -25,7 +25,7 @@ from .job import make_stream
 from .methods.table import METHODS
 from .parallel import Child, child, steps_of, tail, work_off
 from .report import load_run, metrics
-from .request import asked, experiment, words_for
+from .request import asked, experiment, stream_of, words_for
 from .spec import as_dict, flat, resolve
 from .toml import land, written
 
@@ -138,13 +138,14 @@ def children(
     setting: Setting,    # to try
     limit: int | None,   # smoke test
     seeds: Sequence[int] = TUNING_SEEDS,
+    files: Sequence[str] = (),  # of `stream_of`
 ) -> list[Child]:
     "The runs of one setting, one a tuning seed."
-    chunks = asked(words_for(method, stream, seeds[0], limit))[0].stream.chunks
+    chunks = asked(words_for(method, stream, seeds[0], limit, files=files))[0].stream.chunks
     pairs = [f"{name}={written(value)}" for name, value in setting.items() if value is not None]
     label = " ".join(f"{name.rpartition('.')[2]}={value}" for name, value in setting.items())
     plain = [*PLAIN, f"eval.every={max(chunks // LOOKS, 1)}"]
-    runs = [child(label, words_for(method, stream, seed, limit, [*plain, *pairs])) for seed in seeds]
+    runs = [child(label, words_for(method, stream, seed, limit, [*plain, *pairs], files)) for seed in seeds]
     check_seeds(runs, tuning=True)
     return runs
 
@@ -187,6 +188,7 @@ def search(
     stream: str,         # name
     jobs: int,           # processes at a time
     limit: int | None,   # smoke test
+    files: Sequence[str] = (),  # of `stream_of`
 ) -> tuple[list[dict[str, Any]], Setting]:  # rows of what was tried, the chosen setting
     "All stages, each from the best of those before."
     single, start = one_chunk(method, stream), defaults(method)
@@ -198,7 +200,7 @@ def search(
         for seed in TUNING_SEEDS:
             while settings := open_for(tried, seed, start):  # again where one of the best has diverged
                 print(f"{name}: {len(settings)} settings, seed {seed}", file=sys.stderr, flush=True)
-                runs = [children(method, stream, setting, limit, [seed])[0] for setting in settings]
+                runs = [children(method, stream, setting, limit, [seed], files)[0] for setting in settings]
                 work_off(runs, jobs, rest * steps_of(runs[0].spec))
                 for setting, run in zip(settings, runs):
                     rows.append(scored(run, single, setting))
@@ -228,6 +230,7 @@ def plan_of(
     method: str,         # name
     stream: str,         # name
     limit: int | None,   # smoke test
+    files: Sequence[str] = (),  # of `stream_of`
 ) -> list[dict[str, Any]]:   # one row a setting of the first stage, and what the later stages will try
     "The grid, as far as it is known beforehand."
     single, start, rows = one_chunk(method, stream), defaults(method), []
@@ -237,7 +240,7 @@ def plan_of(
             elif name == "later rate":
                 shown = f"train.lr_later = best train.lr x {round(setting['train.lr_later'] / start['train.lr'], 3)}"
             else: shown = f"{name} = {setting[name]}, the rest as best so far"
-            known = [str(run.folder) for run in children(method, stream, setting, limit)] if name == "rate" else []
+            known = [str(run.folder) for run in children(method, stream, setting, limit, files=files)] if name == "rate" else []
             rows.append({"stage": name, "setting": shown, "seeds": list(TUNING_SEEDS), "folders": known})
     return rows
 
@@ -260,25 +263,37 @@ def shared(
     return {name: value for name, value in best.items() if name in mine and mine[name] == other[name]}
 
 
+def tables_of(
+    method: str,         # name
+    stream: str,         # name
+    data: str | None,    # folder of a stream in files
+    limit: int | None,   # smoke test
+) -> tuple[Path, Path]:  # where everything tried is listed; where the chosen values go
+    "A built-in stream has its places in results/ and experiments/; what was chosen on somebody's files stays in scratch/."
+    file = experiment(method, stream, data=data)
+    if data is not None: return file.with_suffix(".csv"), file
+    return Path("results" if limit is None else "scratch", "mini", "tuning", stream, f"{method}.csv"), file
+
+
 def command(
     args: argparse.Namespace,  # of `strlora tune`
 ) -> int:
     "`strlora tune`"
     check_method(args.method)
-    method, stream, file = args.method, args.stream, experiment(args.method, args.stream)
+    method, (stream, files) = args.method, stream_of(args)
+    place, file = tables_of(method, stream, args.data, args.limit)
     if args.dry_run:
-        rows = plan_of(method, stream, args.limit)
+        rows = plan_of(method, stream, args.limit, files)
         if args.json: print(json.dumps(rows, indent=1))
         else: print("\n".join([*(f"{r['stage']:<24}{r['setting']}" for r in rows),
                                f"{len(rows)} settings on seed {TUNING_SEEDS[0]}, the {KEPT} best of each stage on all of {TUNING_SEEDS}; "
                                f"chosen values go to {file}"]))
         return 0
-    rows, best = search(method, stream, args.jobs if args.jobs is not None else os.cpu_count() or 1, args.limit)
-    place = Path("results" if args.limit is None else "scratch", "mini", "tuning", stream, f"{method}.csv")
+    rows, best = search(method, stream, args.jobs if args.jobs is not None else os.cpu_count() or 1, args.limit, files)
     write_tried(place, rows)
-    words = f"strlora tune {method}" + (f" --stream {stream}" if stream != "windows" else "")
-    for name in [] if args.limit is not None else [method, *followers(method, stream)]:
-        land(experiment(name, stream), name, shared(method, name, best), f"`{words}`: {told(best)}", stream)
+    words = " ".join(["strlora tune", method, *(files or (["--stream", stream] if stream != "windows" else []))])
+    for name in [] if args.limit is not None else [method, *([] if files else followers(method, stream))]:
+        land(experiment(name, stream, data=args.data), name, shared(method, name, best), f"`{words}`: {told(best)}", stream)
     show(rows, best, place, file if args.limit is None else None, args.json)
     return 0
 
@@ -299,5 +314,6 @@ def show(
     print(f"{'settings':<{wide}}  seed      MAP     MAF  final AP")
     for r in plain: print(f"{r['settings']:<{wide}}  {r['seed']:>4} {cell(r['MAP'])}{cell(r['MAF'])}  {cell(r['final AP'])}")
     if best["train.lr"] in (min(RATES), max(RATES)): print("The rate lies at the edge of the grid: a better one may lie beyond.")
-    print(f"\nchosen     {told(best)}\ntried      {place}\n" + (f"written to {file}; commit it before you report" if file else
+    then = "; commit it before you report" if file and file.parts[0] == "experiments" else ""
+    print(f"\nchosen     {told(best)}\ntried      {place}\n" + (f"written to {file}{then}" if file else
           "A smoke test: nothing was written to experiments/ or results/."))

@@ -129,7 +129,7 @@ def test_a_digest_names_what_was_changed():
 def test_every_setting_has_a_source_and_survives_the_record(method):
     spec = resolve({"method": method})
     for row in explain(spec): assert row["source"] and row["help"], row["name"]
-    assert {r["name"] for r in explain(spec)} == set(flat(as_dict(spec))) | {"stream.data", "stream.images"}
+    assert {r["name"] for r in explain(spec)} == set(flat(as_dict(spec))) | {"stream.data", "stream.images", "stream.bad_images"}
     assert resolve(as_dict(spec)) == spec
     files = dataclasses.replace(spec, stream=dataclasses.replace(spec.stream, data="somewhere", images="elsewhere"))
     assert {r["name"] for r in explain(files)} == set(flat(as_dict(files))) and resolve(as_dict(files)) == files

@@ -13,8 +13,9 @@ from small import make_base
 from test_cli import said
 
 from strlora import parallel, toml, tune
-from strlora.core import SpecError, TrainingError, write_json
+from strlora.core import SpecError, TrainingError, read_json, write_json
 from strlora.data.mini.bench import REPORTING_SEEDS, TUNING_SEEDS
+from strlora.data.mini.export import export_mini
 from strlora.methods.table import METHODS
 from strlora.request import asked
 from strlora.runs import status_of
@@ -172,6 +173,40 @@ def test_toml_that_would_not_read_back_is_refused(odd):
 
 
 # ---------------------------------------------------------------- processes
+
+@pytest.fixture
+def files(place):
+    "A stream of the same name as the built-in one, in files."
+    export_mini(place/"mini", seed=0, chunks=2, chunk_size=8, test_size=1, proxy_size=1)
+    return "mini"
+
+
+def test_studies_on_files_keep_to_themselves(files):
+    "Other folders than the built-in stream's; settings that a search on these files chose come first, those of other files do not count."
+    own, built_in = (json.loads(said("compare", "lora", "--seeds", "0", *words, "--dry-run", "--json")[1])[0] for words in (["--data", files], []))
+    assert own["folder"] != built_in["folder"] and own["folder"].startswith("scratch/mini/windows/lora/seed0-") and "--data mini" in own["command"]
+    moved = str(Path(files).rename("other"))
+    images = json.loads(said("compare", "lora", "--seeds", "0", "--data", moved, "--images", f"{moved}/images", "--dry-run", "--json")[1])[0]
+    assert images["folder"] not in (own["folder"], built_in["folder"]) and "--images other/images" in images["command"]
+    grid = json.loads(said("tune", "lora", "--data", moved, "--dry-run", "--json")[1])
+    assert grid[0]["folders"] and all(f.startswith("scratch/mini/windows/lora/seed10") for f in grid[0]["folders"])
+    table, file = tune.tables_of("lora", "windows", moved, None)
+    assert {table.parts[0], file.parts[0]} == {"scratch"} and tune.tables_of("lora", "windows", None, None)[0].parts[0] == "results"
+    toml.land(file, "lora", {"train.lr": 5e-4}, "`strlora tune lora --data other`", "windows")
+    found = json.loads(said("compare", "lora", "--seeds", "0", "--data", moved, "--dry-run", "--json")[1])[0]
+    assert str(file) in found["command"] and asked(found["command"].split()[2:])[0].train.lr == 5e-4
+    for words in (["--data", moved, "--stream", "strcvit"], ["--data", "none"], ["--images", moved]):
+        code, _, err = said("compare", "lora", *words, "--dry-run")
+        assert code == 2 and err.count("\n") == 1, err
+
+
+@pytest.mark.slow
+def test_compare_on_files(files):
+    code, out, err = said("compare", "lora", "--seeds", "0", "--reference", "lora", "--data", files, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["runs"][0]["folder"].startswith("scratch/") and found["defaults"] == ["lora"], err
+    assert read_json(Path(found["runs"][0]["folder"], "run.json"))["spec"]["stream"]["data"] == files
+
 
 @pytest.mark.slow
 def test_compare_runs_keeps_and_tells_of_failures(place):
