@@ -1,7 +1,10 @@
 "Pictures that cannot be read: a training sample is left out by name, a test sample stops the run, and nothing else moves."
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from PIL import Image
 from small import make_base, rows, short_spec, timeless
 from test_released import huge
 
-from strlora import report, runs
+from strlora import folder, report, runs
+from strlora.cli import main
 from strlora.core import RecordError, SpecError, read_json
 from strlora.data.mini.export import export_mini
 from strlora.data.released import released_stream
@@ -107,17 +111,37 @@ def trained(spec):
     return job, found
 
 
-METHODS = ["ewc", *(pytest.param(m, marks=pytest.mark.slow) for m in ("branchlora", "replay", "same", "lwf", "olora", "smolora", "joint"))]
+METHODS = ["ewc", *(pytest.param(m, marks=pytest.mark.slow) for m in ("branchlora", "replay", "same", "lwf", "olora", "smolora"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_that_look_at_samples_outside_steps_see_the_readable_ones(copy, base, method):
     spoil(copy, {(1, i): cut for i in range(4)} | {(2, 1): remove})
-    pairs = {"replay": ["memory=8", "replay_share=0.5"], "same": ["freeze_after=1"]}.get(method, [])
+    pairs = {"replay": ["memory=8", "replay_share=0.5"], "same": ["freeze_after=1"], "olora": ["r=32"]}.get(method, [])
     job, steps = trained(spec_on(copy, base, f"method={method}", "stream.chunks=2", "save_every=0", *pairs))
     size = sum(sum(row.values()) for row in job.seen.plan)
     assert sum(row["samples"] for row in steps) <= size - 5 and all(torch.isfinite(torch.tensor(row["loss"])) for row in steps)
     assert len(steps) == sum(-(-sum(row.values()) // 4) for row in job.seen.plan)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_out_what_one_does(copy, base, tmp_path):
+    "With workers on each of them, and pictures that pass at every step."
+    ids = spoil(copy, {(1, 3): cut, (1, 4): remove, (2, 0): remove})
+    pairs = (f"model.base={base!r}", f"stream.data={str(copy)!r}", "bad_images=skip", "method=lora", "stream.chunks=2", "eval.before=false",
+             "batch_size=2", "accumulation=2", "train_projector=true", "workers=2", "lora_dropout=0.0", "threads=1")
+    words = ["run", *(x for pair in pairs for x in ("--set", pair))]
+    assert main([*words, "--out", str(tmp_path/"one")]) == 0
+    code = "import sys; from strlora.cli import main; sys.exit(main(sys.argv[1:]))"
+    path = os.pathsep.join([str(folder.PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c", code]
+    done = subprocess.run([*launch, *words, "--out", str(tmp_path/"two")], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path))
+    assert done.returncode == 0 and all(done.stderr.count(f"left out: sample {one} ") == 1 for one in ids.values()), done.stderr[-2000:]
+    one, two = (rows(tmp_path/name, "train") for name in ("one", "two"))
+    assert rows(tmp_path/"one", "skipped") == rows(tmp_path/"two", "skipped") and len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"]) and a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
 def test_a_step_without_samples_moves_nothing(copy, base):

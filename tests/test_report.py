@@ -12,6 +12,7 @@ from strlora import report
 from strlora.artefacts import Run, collect, load_run, provenance, rescore, specimen
 from strlora.core import CheckpointError, SpecError, read_json, write_json
 from strlora.data.metrics import Definition, measure, score_matrix
+from strlora.data.rules import SETS
 from strlora.data.tasks import TASKS
 
 TASK4 = ("imagenet", "ocr", "textcaps", "grounding")
@@ -286,3 +287,18 @@ def test_no_torch():
 def test_every_task_has_a_specimen(tmp_path):
     run = load_run(specimen(tmp_path, chunks=3, questions=4))
     assert set(run.scores().columns) == set(TASKS)
+
+
+def test_both_means_where_the_official_one_leaves_sets_out(tmp_path):
+    "Mini tasks under the names of the released sets; a stream without them says nothing of it."
+    run = load_run(specimen(tmp_path, chunks=4))
+    names = dict(zip(run.tasks, SETS, strict=True))
+    chunks = [{**c, "composition": {names[t]: n for t, n in c["composition"].items()}} for c in run.stream["chunks"]]
+    renamed = Run(run.folder, run.info, {**run.stream, "tasks": list(names.values()), "chunks": chunks},
+                  run.predictions.assign(task=run.predictions["task"].map(names)), None, None)
+    counted = [task for task in names.values() if task not in ("GQA", "ChartQA")]
+    wanted = renamed.scores()[counted].iloc[-1].mean()
+    row = json.loads(report.summary_json(renamed))[0]
+    assert len(counted) == 9 and row["AP (official sets)"] == pytest.approx(wanted) and set(row["final"]) == set(names.values())
+    assert "official AP" in report.table(renamed) and f"AP (official sets) {wanted:.1f}" in report.table(renamed)
+    assert "official" not in report.table(run) + report.summary_json(run)
