@@ -192,9 +192,10 @@ def summary(
     runs, rows = _one_scale(runs), []
     for run, label in zip(runs, labels(runs), strict=True):
         scores = run.scores(split)
+        official = official_ap(run, split)
         rows.append({"method": label, "stream": run.stream["name"], "seed": run.seed, "status": run.info["status"],
                      "points": f"{sum(k > 0 for k in scores.index)}/{len(run.counts)}", **metrics(run, split),
-                     **({} if (official := official_ap(run, split)) is None else {OFFICIAL: official.iloc[-1]}), **scores.iloc[-1].to_dict()})
+                     **({} if official is None else {OFFICIAL: official.iloc[-1]}), **scores.iloc[-1].to_dict()})
     return pd.DataFrame(rows)
 
 

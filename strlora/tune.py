@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'LATER', 'MOST', 'KEPT', 'Setting', 'PLAIN', 'LOOKS', 'Tried', 'COLUMNS', 'defaults', 'one_chunk',
            'check_method', 'stages', 'stage', 'change', 'choose', 'check_seeds', 'told', 'children', 'scored',
-           'open_for', 'search', 'write_tried', 'plan_of', 'followers', 'shared', 'tables_of', 'command', 'show']
+           'open_for', 'search', 'write_tried', 'plan_of', 'followers', 'shared', 'command', 'show']
 
 # %% ../nbs/14b_tune.ipynb #932e9054
 import argparse
@@ -263,25 +263,13 @@ def shared(
     return {name: value for name, value in best.items() if name in mine and mine[name] == other[name]}
 
 
-def tables_of(
-    method: str,         # name
-    stream: str,         # name
-    data: str | None,    # folder of a stream in files
-    limit: int | None,   # smoke test
-) -> tuple[Path, Path]:  # where everything tried is listed; where the chosen values go
-    "A built-in stream has its places in results/ and experiments/; what was chosen on somebody's files stays in scratch/."
-    file = experiment(method, stream, data=data)
-    if data is not None: return file.with_suffix(".csv"), file
-    return Path("results" if limit is None else "scratch", "mini", "tuning", stream, f"{method}.csv"), file
-
-
 def command(
     args: argparse.Namespace,  # of `strlora tune`
 ) -> int:
     "`strlora tune`"
     check_method(args.method)
     method, (stream, files) = args.method, stream_of(args)
-    place, file = tables_of(method, stream, args.data, args.limit)
+    file = experiment(method, stream, data=args.data)
     if args.dry_run:
         rows = plan_of(method, stream, args.limit, files)
         if args.json: print(json.dumps(rows, indent=1))
@@ -290,6 +278,8 @@ def command(
                                f"chosen values go to {file}"]))
         return 0
     rows, best = search(method, stream, args.jobs if args.jobs is not None else os.cpu_count() or 1, args.limit, files)
+    place = Path("results" if args.limit is None else "scratch", "mini", "tuning", stream, f"{method}.csv")
+    if args.data: place = file.with_suffix(".csv")
     write_tried(place, rows)
     words = " ".join(["strlora tune", method, *(files or (["--stream", stream] if stream != "windows" else []))])
     for name in [] if args.limit is not None else [method, *([] if files else followers(method, stream))]:
@@ -314,6 +304,5 @@ def show(
     print(f"{'settings':<{wide}}  seed      MAP     MAF  final AP")
     for r in plain: print(f"{r['settings']:<{wide}}  {r['seed']:>4} {cell(r['MAP'])}{cell(r['MAF'])}  {cell(r['final AP'])}")
     if best["train.lr"] in (min(RATES), max(RATES)): print("The rate lies at the edge of the grid: a better one may lie beyond.")
-    then = "; commit it before you report" if file and file.parts[0] == "experiments" else ""
-    print(f"\nchosen     {told(best)}\ntried      {place}\n" + (f"written to {file}{then}" if file else
-          "A smoke test: nothing was written to experiments/ or results/."))
+    print(f"\nchosen     {told(best)}\ntried      {place}\n" + ("A smoke test: nothing was written to experiments/ or results/." if file is None
+          else f"written to {file}" + "; commit it before you report" * (file.parts[0] == "experiments")))

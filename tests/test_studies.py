@@ -17,7 +17,7 @@ from strlora.core import SpecError, TrainingError, read_json, write_json
 from strlora.data.mini.bench import REPORTING_SEEDS, TUNING_SEEDS
 from strlora.data.mini.export import export_mini
 from strlora.methods.table import METHODS
-from strlora.request import asked
+from strlora.request import asked, experiment
 from strlora.runs import status_of
 from strlora.spec import as_dict, flat, load, resolve
 
@@ -190,8 +190,8 @@ def test_studies_on_files_keep_to_themselves(files):
     assert images["folder"] not in (own["folder"], built_in["folder"]) and "--images other/images" in images["command"]
     grid = json.loads(said("tune", "lora", "--data", moved, "--dry-run", "--json")[1])
     assert grid[0]["folders"] and all(f.startswith("scratch/mini/windows/lora/seed10") for f in grid[0]["folders"])
-    table, file = tune.tables_of("lora", "windows", moved, None)
-    assert {table.parts[0], file.parts[0]} == {"scratch"} and tune.tables_of("lora", "windows", None, None)[0].parts[0] == "results"
+    file = experiment("lora", "windows", data=moved)
+    assert file.parts[0] == "scratch" != experiment("lora", "windows").parts[0]
     toml.land(file, "lora", {"train.lr": 5e-4}, "`strlora tune lora --data other`", "windows")
     found = json.loads(said("compare", "lora", "--seeds", "0", "--data", moved, "--dry-run", "--json")[1])[0]
     assert str(file) in found["command"] and asked(found["command"].split()[2:])[0].train.lr == 5e-4
