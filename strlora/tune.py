@@ -278,9 +278,8 @@ def command(
                                f"chosen values go to {file}"]))
         return 0
     rows, best = search(method, stream, args.jobs if args.jobs is not None else os.cpu_count() or 1, args.limit, files)
-    place = Path("results" if args.limit is None else "scratch", "mini", "tuning", stream, f"{method}.csv")
-    if args.data: place = file.with_suffix(".csv")
-    write_tried(place, rows)
+    built_in = Path("results" if args.limit is None else "scratch", "mini", "tuning", stream, f"{method}.csv")
+    write_tried(place := file.with_suffix(".csv") if args.data else built_in, rows)
     words = " ".join(["strlora tune", method, *(files or (["--stream", stream] if stream != "windows" else []))])
     for name in [] if args.limit is not None else [method, *([] if files else followers(method, stream))]:
         land(experiment(name, stream, data=args.data), name, shared(method, name, best), f"`{words}`: {told(best)}", stream)

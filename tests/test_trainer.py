@@ -13,7 +13,8 @@ from strlora.core import RecordError, SpecError, TrainingError
 from strlora.data.stream import Chunk
 from strlora.methods.base import Part
 from strlora.spec import TrainConfig
-from strlora.trainer import course, plan, train_step
+from strlora.schedule import course, plan
+from strlora.trainer import train_step
 
 
 @pytest.fixture(scope="module")
