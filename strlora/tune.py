@@ -303,5 +303,5 @@ def show(
     print(f"{'settings':<{wide}}  seed      MAP     MAF  final AP")
     for r in plain: print(f"{r['settings']:<{wide}}  {r['seed']:>4} {cell(r['MAP'])}{cell(r['MAF'])}  {cell(r['final AP'])}")
     if best["train.lr"] in (min(RATES), max(RATES)): print("The rate lies at the edge of the grid: a better one may lie beyond.")
-    print(f"\nchosen     {told(best)}\ntried      {place}\n" + ("A smoke test: nothing was written to experiments/ or results/." if file is None
-          else f"written to {file}" + "; commit it before you report" * (file.parts[0] == "experiments")))
+    print(f"\nchosen     {told(best)}\ntried      {place}\n" + ("A smoke test: nothing was written to experiments/ or results/."
+          if file is None else f"written to {file}" + "; commit it before you report" * (file.parts[0] == "experiments")))
