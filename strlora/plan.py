@@ -283,7 +283,9 @@ def written(
               f"time     {speed}: {c['seconds_a_step']:.1f} s; {c['hours']:.1f} h for all steps,"
               " without evaluation and reading of data"]
     if g["strategy"] == "zero2": lines.append("`strlora run` does not launch zero2: this is a plan for a loop of your own")
-    else: lines.append(f"launch   accelerate launch --config_file recipes/{g['strategy']}.yaml --num_processes {g['gpus']} -m strlora run SPEC")
+    else:
+        recipe = f"--config_file recipes/{g['strategy']}.yaml --num_processes {g['gpus']}"
+        lines.append(f"launch   accelerate launch {recipe} -m strlora run SPEC")
     return "\n".join(lines)
 
 
