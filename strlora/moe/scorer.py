@@ -8,7 +8,6 @@ __all__ = ['Scorer', 'read_instruction', 'compared']
 # %% ../../nbs/06a_scorer.ipynb #0d689048
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +22,10 @@ from .weigh import attention_logits, expert_keys, fold, shared_logits
 class Scorer:
     "A router that has read the instruction and waits for tokens."
     z: Tensor              # scores of stage 1 [b, e]
+    log_p: Tensor          # their log-probabilities [b, 1, e]
     prior: bool            # whether stage 1's log-probability is added to the scores of stage 2
     query: Tensor | None   # W_q, unless it is folded into the keys [D, d]
     keys: Tensor | None    # keys of the experts [b, e, D] or [b, e, d], or the linear sub-router [e, d]
-
-    @cached_property
-    def log_p(self) -> Tensor:
-        "Log-probabilities of stage 1 [b, 1, e]."
-        return self.z.log_softmax(-1)[:, None]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         "Scores of both stages together, [b, t, d] to [b, t, e]."
@@ -58,7 +53,7 @@ def read_instruction(
     if "query" in weights:
         keys = expert_keys(context.normed, weights["key"], weights["prototypes"], "none")
         query, keys = fold(weights["query"], keys, tokens)
-    return Scorer(z, prior, query, keys)
+    return Scorer(z, z.log_softmax(-1)[:, None], prior, query, keys)
 
 # %% ../../nbs/06a_scorer.ipynb #0dd5a2e5
 def compared(
