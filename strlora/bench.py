@@ -49,7 +49,7 @@ class Shape:
 
 
 def plain_layer(
-    s: Shape,
+    s: Shape,  # of the layer
 ) -> nn.Module:
     "PEFT's LoRA around one linear layer."
     model = nn.ModuleDict({"linear": nn.Linear(s.width, s.width, bias=False)})
@@ -58,7 +58,7 @@ def plain_layer(
 
 
 def routed_layer(
-    s: Shape,
+    s: Shape,                   # of the layer
     router: str = "two_stage",  # a name in `ROUTERS`
     **settings: Any,            # of the router
 ) -> nn.Module:
@@ -71,7 +71,7 @@ def routed_layer(
 
 def layer_pass(
     layer: nn.Module,  # plain or routed
-    s: Shape,
+    s: Shape,          # its own
 ) -> Callable[[], None]:
     "One pass of a layer; the penalty of a router joins the backward pass."
     generator = torch.Generator().manual_seed(0)
@@ -143,9 +143,9 @@ def job_of(
 
 
 def without_instruction(
-    collate: Callable[..., dict[str, Tensor]],
-    samples: Any,
-    **kwargs: Any,
+    collate: Callable[..., dict[str, Tensor]],  # of the mini model
+    samples: Any,   # to be put together
+    **kwargs: Any,  # of the collator
 ) -> dict[str, Tensor]:
     "A batch for a model that does not read instructions."
     batch = collate(samples, **kwargs)
@@ -154,7 +154,7 @@ def without_instruction(
 
 
 def step_of(
-    job: Job,
+    job: Job,  # of `job_of`
 ) -> Callable[[], Any]:
     "One optimizer step after the other, over the chunk again and again."
     steps, run, chunk = job.trainer.batches(job.seen.chunks[0]), job.trainer, job.seen.chunks[0]
@@ -169,7 +169,7 @@ def step_of(
 
 
 def answer_of(
-    job: Job,
+    job: Job,  # of `job_of`
 ) -> Callable[[], Any]:
     "Answers of a fixed length to a batch of questions, with a cache."
     samples = [sample for test in job.stream.tests.values() for sample in test.samples[:2]]
@@ -228,7 +228,7 @@ def measured(
 
 def written(
     part: str,           # of `PARTS`
-    rows: list[Ratio],
+    rows: list[Ratio],   # of `measured`
 ) -> str:
     "The rows for a reader."
     wide = max(len(r.name) for r in rows)

@@ -64,7 +64,10 @@ def folder_of(
 PACKAGES = ("strlora", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pandas", "pyarrow")
 
 
-def installed(name: str) -> str | None:
+def installed(
+    name: str,  # of a package
+) -> str | None:  # its version; None if it is not there
+    "Which version of a package is in use."
     try: return version(name)
     except PackageNotFoundError: return None
 

@@ -111,7 +111,7 @@ class Alive(TorchDispatchMode):
 
 
 def peak_bytes(
-    work: Callable[[], Any],
+    work: Callable[[], Any],  # one way
 ) -> int:
     "The most bytes of new tensors that were alive at once."
     with Alive() as alive: work()
