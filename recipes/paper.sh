@@ -24,7 +24,7 @@ once strlora
 once strlora_released
 # 48 GB a GPU, 1575 steps, 1.9 h
 once lora
-# 63 GB a GPU, 1575 steps, 2.0 h
+# 64 GB a GPU, 1575 steps, 2.0 h
 once ewc
 # 51 GB a GPU, 1575 steps, 2.6 h
 once lwf
@@ -36,11 +36,11 @@ once olora
 once moelora
 # 48 GB a GPU, 1575 steps, 1.9 h
 once smolora
-# 37 GB a GPU, 1575 steps, 1.9 h
+# 38 GB a GPU, 1575 steps, 1.9 h
 once smolora_released
 # 49 GB a GPU, 1575 steps, 1.9 h
 once same
-# 49 GB a GPU, 1575 steps, 1.9 h
+# 50 GB a GPU, 1575 steps, 1.9 h
 once branchlora
 # 48 GB a GPU, 1563 steps, 1.9 h
 once joint

@@ -28,6 +28,7 @@ from .features import SHARED, encoder_of
 from .folder import parameter_counts
 from .methods.table import METHODS
 from .schedule import check_processes
+from .sharing import share_out, shares_asked
 from .spec import RunSpec
 from .trainer import Trainer, make_accelerator
 
@@ -211,10 +212,12 @@ class Job:
         self.spec, self.method = spec, METHODS[spec.method]
         self.stream, self.seen = make_stream(spec)
         self.accelerator, self.trains = make_accelerator(spec.train), self.method.adapter is not None
+        shares = shares_asked(spec.model.quantize)
         if self.trains: check_processes(spec.train.batch_size, spec.train.accumulation, self.accelerator.num_processes)
         device = self.accelerator.device
         base, self.processor = load_model(spec.model.base, spec.model.dtype, spec.model.quantize, device)
         self.model = wrap(base if spec.model.quantize == "4bit" else base.to(device), spec)
+        if shares: share_out(self.model, device, self.accelerator.num_processes)
         self.encode = image_encoder(self.model, spec)
         self.collate = Collator(self.processor, images=self.encode is None)
         if self.trains and spec.train.gradient_checkpointing: checkpoint_activations(self.model)

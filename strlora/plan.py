@@ -124,13 +124,13 @@ def weights(
     language = s.parts["language model"]
     if setup.quantize: base -= s.shape.linears * (language.size / language.numbers - BITS / 8)
     rows = {"frozen weights": base, "trained weights": size, "gradients": size, "AdamW's moments": 2 * size}
-    if setup.strategy == "fsdp2":
-        rows = {name: value / n for name, value in rows.items()}
-        rows["gathered blocks"] = 2 * (n > 1) * (base + size) / s.shape.blocks
+    if setup.strategy == "fsdp2" and n > 1:
+        blocks = s.shape.linears * language.size / language.numbers
+        rows |= {"frozen weights": base - blocks + blocks / n, "gathered blocks": 2 * blocks / s.shape.blocks}
     if setup.strategy == "zero2":
         rows |= {"trained weights": 2 * trained + 4 * trained / n, "gradients": 4 * trained / n + 2 * min(trained, 5e8),
                  "AdamW's moments": 8 * trained / n}  # 5e8: DeepSpeed's default bucket
-    if setup.strategy == "ddp" and n > 1: rows["buckets of gradients"] = size
+    if setup.strategy != "zero2" and n > 1: rows["buckets of gradients"] = size
     return rows
 
 
@@ -212,11 +212,10 @@ def ways_out(
     if not setup.quantize: yield "model.quantize=4bit", change(quantize=True)
     all_three = change(batch=1, checkpointing=True, quantize=True)
     yield "train.batch_size=1, train.gradient_checkpointing=true and model.quantize=4bit", all_three
-    for strategy in ("zero2", "fsdp2"):
-        if strategy != setup.strategy and setup.gpus > 1: yield f"--strategy {strategy} in a loop of your own", change(strategy=strategy)
-    for more in (2, 4, 8):
-        words = f"--gpus {setup.gpus * more}x{setup.memory:g} --strategy fsdp2 in a loop of your own"
-        yield words, change(gpus=setup.gpus * more, strategy="fsdp2")
+    shared = {"strategy": "fsdp2", "quantize": False, "checkpointing": True}
+    for more in (1, 2, 4):
+        words = f"--gpus {setup.gpus * more}x{setup.memory:g} --strategy fsdp2 and train.gradient_checkpointing=true"
+        if setup.gpus * more > 1: yield words, change(gpus=setup.gpus * more, **shared)
 
 
 def refusal(
@@ -245,6 +244,9 @@ def setup_of(
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise SpecError(expected="a number above 0", found=value, where=f"--{name}", remedy="Change the value.")
+    if args.strategy == "fsdp2" and spec.model.quantize != "no":
+        raise SpecError(expected="model.quantize = 'no' with fsdp2", found=spec.model.quantize, where="plan",
+                        remedy="Weights of four bits are whole on every GPU: --strategy ddp.")
     if spec.method != "zero_shot": check_processes(spec.train.batch_size, spec.train.accumulation, gpus)
     return Setup(gpus, size, args.strategy, args.tokens or tokens_of(s), spec.train.batch_size, spec.train.gradient_checkpointing,
                  spec.model.quantize == "4bit", args.peak, args.mfu)
@@ -280,7 +282,10 @@ def written(
               f" {c['steps_a_chunk']} in the longest chunk, {c['steps']} in all",
               f"time     {speed}: {c['seconds_a_step']:.1f} s; {c['hours']:.1f} h for all steps,"
               " without evaluation and reading of data"]
-    if g["strategy"] != "ddp": lines.append(f"`strlora run` does not launch {g['strategy']}: this is a plan for a loop of your own")
+    if g["strategy"] == "zero2": lines.append("`strlora run` does not launch zero2: this is a plan for a loop of your own")
+    else:
+        recipe = f"--config_file recipes/{g['strategy']}.yaml --num_processes {g['gpus']}"
+        lines.append(f"launch   accelerate launch {recipe} -m strlora run SPEC")
     return "\n".join(lines)
 
 

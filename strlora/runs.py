@@ -23,6 +23,7 @@ from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_
 from .folder import finish, info_of, locked, merge_rows, provenance, rows_so_far, same_files, status_of, write_rows
 from .job import Job
 from .progress import Progress
+from .sharing import is_shared
 from .spec import EXECUTION, RunSpec, as_dict, resolve
 from .trainer import Trainer, Watcher, restore, training_state
 
@@ -208,7 +209,8 @@ def follow(
     "The run from where it stands to its end, and what is written about it."
     started, job = time.monotonic() - before.get("seconds", 0), Job(spec)
     info = {**provenance(spec), "parameters": job.parameters, "extra_samples": job.extra_samples,
-            "resumed": before.get("resumed", 0) + bool(before)}
+            "resumed": before.get("resumed", 0) + bool(before), "processes": job.accelerator.num_processes,
+            "shares": is_shared(job.model)}
     main = job.accelerator.is_main_process
     if before: same_files(folder, job.stream)
     if main: note(folder, info, "running", started)

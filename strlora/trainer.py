@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, patch_environment, send_to_device
 from torch import Tensor
 
 from .batches import Step, chunk_batches
@@ -25,6 +25,7 @@ from .core import RecordError, SpecError, TrainingError
 from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak
+from .sharing import leave_shares, shares_asked
 from .sieve import sift
 from .spec import TrainConfig
 from .tuner.root import instruction_of
@@ -56,11 +57,13 @@ def trainable(
 def make_accelerator(
     config: TrainConfig,  # device and precision
 ) -> Accelerator:
-    "Accelerate as the settings ask for it; a `SpecError` for a launch that would not keep weights whole."
-    made = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
-    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # parts read and change whole gradients and weights
-        raise SpecError(expected="one process, or several with the whole model each", found=made.distributed_type.value, where="launch",
-                        remedy="Launch with recipes/ddp.yaml; `strlora plan` says what fits.")
+    "Accelerate as the settings ask for it; a `SpecError` for a launch that would not keep trained weights whole."
+    shares_asked()  # refuses what cannot be had
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # it would share out trained weights, too: `share_out` leaves them whole
+        made = Accelerator(cpu=config.device == "cpu", mixed_precision=config.precision)
+    if made.distributed_type == DistributedType.DEEPSPEED:  # parts read and change whole gradients and weights
+        raise SpecError(expected="DDP, or FSDP2 for what is frozen", found=made.distributed_type.value, where="launch",
+                        remedy="Launch with recipes/ddp.yaml or recipes/fsdp2.yaml; `strlora plan` says what fits.")
     return made
 
 # %% ../nbs/11a_trainer.ipynb #e81a6a26
@@ -87,7 +90,9 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable(model, config), lr=config.lr, betas=config.betas,
                                       weight_decay=config.weight_decay, fused=True)
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(model, self.parts, self), optimizer)
+        objective = Objective(model, self.parts, self)
+        leave_shares(objective)
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.chunk, self.step, self.total, self.trained = 1, 0, 0, False
         self.rows: list[dict[str, Any]] = []
         self.samples: Sequence[Any] = ()

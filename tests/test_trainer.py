@@ -1,7 +1,10 @@
 "One pass over a stream: tokens, accumulation, moments, penalties, chunk boundaries, what is not a number."
+import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,8 @@ from strlora.methods.base import Part
 from strlora.spec import TrainConfig
 from strlora.schedule import course, plan
 from strlora.trainer import train_step
+
+RECIPES = Path(__file__).parents[1]/"recipes"
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +143,16 @@ def test_a_launch_that_cannot_train_is_refused_before_a_model_is_loaded(base, mo
     monkeypatch.setattr(job, "load_model", lambda *_: (_ for _ in ()).throw(AssertionError("a model was loaded")))
     with pytest.raises(SpecError, match="divides train.accumulation = 6, found 4"): session(base, "batch_size=2", "accumulation=6")
     with pytest.raises(AssertionError, match="was loaded"): session(base, "method=zero_shot", "accumulation=6")
-    for launched.distributed_type in (trainer.DistributedType.FSDP, trainer.DistributedType.DEEPSPEED):
-        with pytest.raises(SpecError, match="recipes/ddp.yaml"): session(base, "batch_size=2", "accumulation=16")
+    launched.distributed_type = trainer.DistributedType.DEEPSPEED
+    with pytest.raises(SpecError, match="recipes/ddp.yaml"): session(base, "batch_size=2", "accumulation=16")
+    launched.distributed_type = trainer.DistributedType.MULTI_GPU
+    for name, value, said in (("FSDP_VERSION", "1", "fsdp_version: 2"), ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: false")):
+        with monkeypatch.context() as m:
+            for pair in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), (name, value)): m.setenv(*pair)
+            with pytest.raises(SpecError, match=said): session(base, "batch_size=2", "accumulation=16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(SpecError, match="model.quantize: expected no"): session(base, "batch_size=2", "accumulation=16", "quantize='4bit'")
 
 
 def test_gradient_checkpointing_changes_no_number(base):
@@ -204,14 +217,17 @@ def test_bounds(base, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(base, tmp_path):
+@pytest.mark.parametrize("recipe", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(base, tmp_path, recipe):
     pairs = [x for pair in (f"model.base={base!r}", *SHORT, "lora_dropout=0.0", "chunk_size=10", "grad_norm_every=1") for x in ("--set", pair)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--no-python", sys.executable, "-c",
-              "import sys; from strlora.cli import main; sys.exit(main(sys.argv[1:]))"]
-    for out, words, start in (("one", [], []), ("two", ["--set", "batch_size=2", "--set", "accumulation=2"], launch)):
-        start = start or [sys.executable, "-c", launch[-1]]
-        done = subprocess.run([*start, "run", *pairs, *words, "--out", str(tmp_path/out)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES/f"{recipe}.yaml"), "--num_processes", "2",
+              "--mixed_precision", "no", "-m", "strlora"]
+    for out, words, start in (("one", [], [sys.executable, "-m", "strlora"]), ("two", ["--set", "batch_size=2", "--set", "accumulation=2"], launch)):
+        done = subprocess.run([*start, "run", *pairs, *words, "--out", str(tmp_path/out)], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(RECIPES.parent)})
+        assert done.returncode == 0 and "MAP" in done.stdout and done.stdout.count("artefacts") == 1, done.stderr
+    info = json.loads((tmp_path/"two"/"run.json").read_text())
+    assert info["processes"] == 2 and info["shares"] == (recipe == "fsdp2")
     one, two = (rows(tmp_path/out, "train") for out in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"])

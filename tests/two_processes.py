@@ -1,17 +1,22 @@
-"Methods trained for two short chunks, by one process or as one of several: `python two_processes.py BASE OUT METHOD...`"
+"""Methods trained for two short chunks, by one process or as one of several: `python two_processes.py BASE OUT METHOD...`
+
+`METHOD+shares` lets the processes share out the frozen weights, as a launch with recipes/fsdp2.yaml does.
+"""
 import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import patch_environment
 from safetensors.torch import save_file
 from small import short_spec
+from torch.distributed.tensor import DTensor
 
 from strlora import checkpoint
 from strlora.core import write_json
 from strlora.job import Job
 
-LARGE = ("stream.chunks=2", "chunk_size=10", "lora_dropout=0.0", "save_every=0", "grad_norm_every=0", "lr=5e-3", "lr_later=5e-3",
+LARGE = ("stream.chunks=2", "chunk_size=10", "lora_dropout=0.0", "save_every=0", "grad_norm_every=2", "lr=5e-3", "lr_later=5e-3",
          "weight_decay=0.0", "r=32", "batch_size=2", "accumulation=2")
 OWN = {"same": ("freeze_after=1",)}  # within the few steps of a chunk
 
@@ -23,7 +28,12 @@ def learned(base: str, method: str, *pairs: str) -> tuple[dict, dict]:
     state, tensors = checkpoint.pack({name: part.state_dict() for name, part in job.trainer.parts.items()})
     kept = {f"adapter/{n}": t for n, t in checkpoint.adapter_state(job.model).items()} | {f"state/{n}": t for n, t in tensors.items()}
     answers = [{k: row[k] for k in ("sample_id", "prediction")} for row in job.ask("proxy", 2)]
-    return {"world": job.accelerator.num_processes, "steps": steps, "answers": answers, "routing": job.route(2), "state": state}, kept
+    return {"world": job.accelerator.num_processes, "kept": sum(held(p) for p in job.model.parameters()), "steps": steps, "answers": answers, "routing": job.route(2), "state": state}, kept
+
+
+def held(p: torch.Tensor) -> int:
+    "Numbers of a parameter that this process has."
+    return p.to_local().numel() if isinstance(p, DTensor) else p.numel()
 
 
 class Steps:
@@ -38,8 +48,10 @@ class Steps:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for method in sys.argv[3:]:
-        found, tensors = learned(sys.argv[1], method)
-        out = Path(sys.argv[2], f"{method}-{os.environ['RANK']}")
+    for word in sys.argv[3:]:
+        method, _, shares = word.partition("+")
+        with patch_environment(ACCELERATE_USE_FSDP=bool(shares), FSDP_VERSION=2):
+            found, tensors = learned(sys.argv[1], method)
+        out = Path(sys.argv[2], f"{word}-{os.environ['RANK']}")
         write_json(out.with_suffix(".json"), found)
         save_file({n: t.contiguous() for n, t in tensors.items()}, out.with_suffix(".safetensors"))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import SignalError
-from .experts import Experts, Routing, to_adapter
+from .experts import Experts, Routing, to_adapter, weighted_up
 from .pseudo import PseudoTasks
 from .regularization import masked_mean
 from .select import renormalise, top_k_mask
@@ -44,9 +44,7 @@ class BranchExperts(Experts):
     ) -> Tensor:          # the adapter's contribution, in the adapter's dtype [..., d_out]
         "`B_cat · (expand(scale · w) ⊗ A drop(x))`."
         x = F.dropout(to_adapter(x, self.A.dtype), self.dropout, self.training)
-        h = F.linear(x, self.A[0]).unsqueeze(-2)
-        h = h * (self.scale * weights).to(h.dtype).unsqueeze(-1)
-        return F.linear(h.flatten(-2), self.B.transpose(0, 1).flatten(1))
+        return weighted_up(F.linear(x, self.A[0]).unsqueeze(-2), self.scale * weights, self.B)
 
     def extra_repr(self) -> str:
         e, d_out, r = self.B.shape

@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGE1', 'NORMS', 'ROUTERS', 'BLIND', 'BANKS', 'KEYED', 'Router', 'ConstantRouter', 'MoELinear', 'check_counts',
-           'check_choices', 'router_parameters', 'reset_router', 'Scorer', 'read_instruction', 'TwoStageRouter',
-           'divergence', 'released']
+           'check_choices', 'router_parameters', 'reset_router', 'TwoStageRouter', 'released']
 
 # %% ../../nbs/07_layer.ipynb #74f3af7c
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +19,12 @@ from .branch import BranchExperts, BranchRouter
 from .experts import Experts, Routing, to_adapter
 from .mean_router import MeanRouter
 from .regularization import Ema, masked_mean, routing_kl
-from .select import instruction_logits, straight_through, top_k_mask
+from .scorer import Scorer, compared, read_instruction
+from .select import straight_through, top_k
 from .signal import Context, per_sample
 from .token_router import TokenRouter
 from .two_groups import FusedExperts, TwoGroupRouter
-from .weigh import attention_logits, expert_keys, fold, subset_weights
+from .weigh import subset_weights
 
 # %% ../../nbs/07_layer.ipynb #147fedb9
 class Router(Protocol):
@@ -149,43 +147,6 @@ def reset_router(
         elif name == "prototypes": nn.init.normal_(p).copy_(F.normalize(p, dim=-1))
         else: nn.init.uniform_(p, -p.shape[1] ** -0.5, p.shape[1] ** -0.5)
 
-# %% ../../nbs/07_layer.ipynb #af1cdf1b
-@dataclass(frozen=True, eq=False)
-class Scorer:
-    "A router that has read the instruction and waits for tokens."
-    z: Tensor              # scores of stage 1 [b, e]
-    prior: bool            # whether stage 1's log-probability is added to the scores of stage 2
-    query: Tensor | None   # W_q, unless it is folded into the keys [D, d]
-    keys: Tensor | None    # keys of the experts [b, e, D] or [b, e, d], or the linear sub-router [e, d]
-
-    @cached_property
-    def log_p(self) -> Tensor:
-        "Log-probabilities of stage 1 [b, 1, e]."
-        return self.z.log_softmax(-1)[:, None]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        "Scores of both stages together, [b, t, d] to [b, t, e]."
-        if self.keys is None: return self.log_p.expand(-1, hidden.shape[1], -1)
-        linear = self.keys.dim() == 2
-        s = F.linear(hidden, self.keys).float() if linear else attention_logits(hidden, self.query, self.keys)
-        return s + self.log_p if self.prior else s
-
-
-def read_instruction(
-    instruction: Tensor,            # instruction vectors [b, d_text]
-    weights: Mapping[str, Tensor],  # parameters of the router, live or slow
-    norm: str,                      # what stage 1 does to the instruction vector
-    prior: bool,                    # add stage 1's log-probability to the scores of stage 2
-    tokens: int,                    # tokens of a sample t
-) -> Scorer:                        # ready for hidden states
-    "Everything that a router computes from the instruction alone."
-    z = instruction_logits(instruction, weights["text_router"], norm)
-    query, keys = None, weights.get("token_router")
-    if "query" in weights:
-        keys = expert_keys(instruction, weights["key"], weights["prototypes"])
-        query, keys = fold(weights["query"], keys, tokens)
-    return Scorer(z, prior, query, keys)
-
 # %% ../../nbs/07_layer.ipynb #f717a416
 class TwoStageRouter(nn.Module):
     "Stage 1 selects experts by the instruction, stage 2 weighs them token by token, a slow copy keeps both steady."
@@ -233,41 +194,33 @@ class TwoStageRouter(nn.Module):
         context: Context,  # the call's context
     ) -> Routing:          # weights [b, t, e] or [b·t, e]
         "Select by the instruction, weigh by the token; a pure function of its inputs."
-        t = context.instruction.detach()
-        x = per_sample(to_adapter(hidden, self.text_router.dtype), t)
-        scorer = self.read(t, x.shape[1], self.live)
-        selected, scores = top_k_mask(scorer.z, self.top_k), scorer(x)
+        x = per_sample(to_adapter(hidden, self.text_router.dtype), context.instruction)
+        scorer = self.read(context, x.shape[1], self.live)
+        slow = self.remember(context, x.shape[1]) if context.penalties is not None else None
+        scores, live, reference = compared(x, scorer, slow, self.kl_through_hidden) if slow else (scorer(x), None, None)
+        selected, chosen = top_k(scorer.z, self.top_k)
         weights = subset_weights(scores, selected, self.sub_top_k or None)
         if self.stage1 == "straight_through": weights = straight_through(weights, scores.softmax(-1))
         kl, penalties = None, {}
-        if self.ema is not None and context.penalties is not None:
-            kl = divergence(self, self.ema, x, t, selected, scorer)
+        if slow:
+            kl = routing_kl(reference, live, None if self.stage1 == "straight_through" else selected[:, None], self.temperature)
             penalties["kl"] = masked_mean(kl, None if self.padding else context.tokens)
-        indices = None if self.top_k is None or self.stage1 == "straight_through" else scorer.z.topk(self.top_k, -1).indices
+        indices = None if self.stage1 == "straight_through" else chosen
         return Routing(weights.reshape(*hidden.shape[:-1], -1), selected, scores, penalties, kl, indices)
 
-    def read(self, instruction: Tensor, tokens: int, weights: Mapping[str, Tensor]) -> Scorer:
+    def read(self, context: Context, tokens: int, weights: Mapping[str, Tensor]) -> Scorer:
         "This router, live or slow, after reading the instructions."
-        return read_instruction(instruction, weights, self.instruction_norm, self.prior, tokens)
+        return read_instruction(context, weights, self.instruction_norm, self.prior, tokens)
+
+    @torch.no_grad()
+    def remember(self, context: Context, tokens: int) -> Scorer | None:
+        "The slow copy after reading the instructions; None if none is kept."
+        if self.ema is None: return None
+        return self.read(context, tokens, self.live | self.ema.weights(self.text_router.dtype))
 
     def update_ema(self) -> None:
         "One step of the slow copy; call it once per optimizer step."
         if self.ema is not None: self.ema.update(self.live)
-
-# %% ../../nbs/07_layer.ipynb #43dbc14c
-def divergence(
-    router: TwoStageRouter,  # the live router
-    ema: Ema,                # its slow copy
-    x: Tensor,               # hidden states [b, t, d]
-    t: Tensor,               # instruction vectors [b, d_text]
-    selected: Tensor,        # the allowed experts [b, e]
-    scorer: Scorer,          # the live router after reading the instructions
-) -> Tensor:                 # KL(slow router ‖ live router) of every token [b, t]
-    "How far routing has moved; it teaches the router and, unless asked to, nothing below it."
-    live = scorer(x if router.kl_through_hidden else x.detach())
-    with torch.no_grad(): slow = router.read(t, x.shape[1], router.live | ema.weights(router.text_router.dtype))(x)
-    covered = None if router.stage1 == "straight_through" else selected[:, None]
-    return routing_kl(slow, live, covered, router.temperature)
 
 # %% ../../nbs/07_layer.ipynb #72fe1faf
 def released(

@@ -8,10 +8,11 @@ __all__ = ['pool_instruction', 'Penalties', 'Context', 'pool_images', 'prompt_to
 
 # %% ../../nbs/02_signal.ipynb #c8fcb6e9
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import SignalError
@@ -71,6 +72,11 @@ class Context:
     memory: dict[Any, Tensor] | None = None  # what this generation has decided; None outside of one
     task: Tensor | None = None          # number of the (pseudo-)task of each sample, where it is given from outside [b]
     picture: Tensor | None = None       # mean of the projected image features, float32; None if nobody asks for it [b, d]
+    normed: Tensor = field(init=False, repr=False)  # the instruction vectors, layer-normed once for all routers [b, d_text]
+
+    def __post_init__(self) -> None:
+        t = self.instruction.detach()
+        object.__setattr__(self, "normed", F.layer_norm(t, t.shape[-1:]))
 
 # %% ../../nbs/02_signal.ipynb #cde94c93
 def pool_images(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import SpecError, unknown
-from .experts import Experts, Routing, to_adapter
+from .experts import Experts, Routing, to_adapter, weighted_up
 from .select import instruction_logits, straight_through, top_k_mask
 from .signal import Context, marked_prompt, once, per_sample, prompt_mean
 
@@ -114,5 +114,4 @@ class FusedExperts(Experts):
         h = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])
         weights = self.scale * weights
         share = self.shares(h, weights).repeat_interleave(len(self.A) // 2, -1)
-        h = h * (weights * share).to(h.dtype).unsqueeze(-1)
-        return F.linear(h.flatten(-2), self.B.transpose(0, 1).flatten(1))
+        return weighted_up(h, weights * share, self.B)

@@ -154,7 +154,8 @@ class StrLoraLinear(nn.Module, BaseTunerLayer):
         for adapter in self.active_adapters:
             if adapter not in self.strlora_experts: continue
             h = x if call is None or call.context is None else rows_of(x, call.context.instruction.shape[0], self.name)
-            delta = self.strlora_experts[adapter](h, route(self, adapter, x, h, call).weights)
+            routing = route(self, adapter, x, h, call)
+            delta = self.strlora_experts[adapter](h, routing.weights, routing.indices)
             y = y + delta.reshape(y.shape).to(y.dtype)
         return y
 
