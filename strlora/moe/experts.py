@@ -43,10 +43,12 @@ class WeightedUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weights, B):
         ctx.save_for_backward(h, weights, B)
+        ctx.set_materialize_grads(False)
         return F.linear((h * weights.to(h.dtype).unsqueeze(-1)).flatten(-2), B.transpose(0, 1).flatten(1))
 
     @staticmethod
     def backward(ctx, grad):
+        if grad is None: return None, None, None
         h, weights, B = ctx.saved_tensors
         w, to_h, to_w, to_B = weights.to(h.dtype).unsqueeze(-1), None, None, None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:

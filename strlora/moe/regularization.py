@@ -25,10 +25,12 @@ class RoutingKL(torch.autograd.Function):
         q = log_q.exp()
         ctx.save_for_backward(q, log_p)
         ctx.temperature, ctx.dtype = temperature, live.dtype
+        ctx.set_materialize_grads(False)
         return (q * (log_q - log_p)).sum(-1)
 
     @staticmethod
     def backward(ctx, grad):
+        if grad is None: return None, None, None, None
         q, log_p = ctx.saved_tensors
         return None, ((log_p.exp() - q) * (grad / ctx.temperature).unsqueeze(-1)).to(ctx.dtype), None, None
 

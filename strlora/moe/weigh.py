@@ -53,6 +53,7 @@ class SharedLogits(torch.autograd.Function):
         both = (torch.cat([keys, slow.to(keys.dtype)], 1) @ hidden.mT).mT
         ctx.save_for_backward(hidden.to(both.dtype), keys.to(both.dtype))
         ctx.dtypes = hidden.dtype, keys.dtype
+        ctx.set_materialize_grads(False)  # the penalty alone must not send zeros down the whole model
         s, reference = (part.contiguous() for part in both.float().chunk(2, -1))
         ctx.mark_non_differentiable(reference)
         return s, s.clone(), reference
@@ -60,9 +61,10 @@ class SharedLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, weigh, teach, _):
         hidden, keys = ctx.saved_tensors
-        to_hidden = (weigh.to(keys.dtype) @ keys).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        to_keys = (weigh + teach).to(hidden.dtype).mT @ hidden
-        return to_hidden, to_keys.to(ctx.dtypes[1]), None
+        both = weigh if teach is None else teach if weigh is None else weigh + teach
+        to_hidden = (weigh.to(keys.dtype) @ keys).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] and weigh is not None else None
+        to_keys = None if both is None else (both.to(hidden.dtype).mT @ hidden).to(ctx.dtypes[1])
+        return to_hidden, to_keys, None
 
 
 def shared_logits(
