@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .core import StrLoraError
+from .core import SpecError, StrLoraError
 from .prepare import add_data
 from .request import add_bench, add_chat, add_plan, add_run, add_studies, check_limit, spec_of
 
@@ -95,6 +95,9 @@ def do_run(args: argparse.Namespace) -> int:
     status = status_of(folder)
     build(spec)
     if args.again and status != "absent":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SpecError(expected="--out DIR or a new folder, with several processes", found="--again", where=folder,
+                            remedy="Move the folder away first: processes would remove it under each other.")
         with replacing(folder): runs.start(spec, folder)
     elif status == "finished":
         same_run(folder, spec)

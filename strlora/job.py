@@ -216,8 +216,9 @@ class Job:
         if self.trains: check_processes(spec.train.batch_size, spec.train.accumulation, self.accelerator.num_processes)
         device = self.accelerator.device
         base, self.processor = load_model(spec.model.base, spec.model.dtype, spec.model.quantize, device)
-        self.model = wrap(base if spec.model.quantize == "4bit" else base.to(device), spec)
-        if shares: share_out(self.model, device, self.accelerator.num_processes)
+        self.model = wrap(base if shares or spec.model.quantize == "4bit" else base.to(device), spec)
+        if shares: share_out(self.model, device, self.accelerator.num_processes)  # block by block: the whole may not fit
+        if shares: self.model.to(device)
         self.encode = image_encoder(self.model, spec)
         self.collate = Collator(self.processor, images=self.encode is None)
         if self.trains and spec.train.gradient_checkpointing: checkpoint_activations(self.model)

@@ -202,20 +202,22 @@ def course_of(
 
 # %% ../nbs/14f_plan.ipynb #b6224e9a
 def ways_out(
-    setup: Setup,  # that does not fit
+    setup: Setup,       # that does not fit
+    accumulation: int,  # forward passes of a step, which processes share
 ) -> Iterator[tuple[str, Setup]]:
     "Smaller demands, mildest first."
     change = lambda **values: dataclasses.replace(setup, **values)
     if not setup.checkpointing: yield "train.gradient_checkpointing=true", change(checkpointing=True)
     for size in dict.fromkeys((setup.batch // 2, 1)):
         if 0 < size < setup.batch: yield f"train.batch_size={size} with as much more accumulation", change(batch=size, checkpointing=True)
-    if not setup.quantize: yield "model.quantize=4bit", change(quantize=True)
-    all_three = change(batch=1, checkpointing=True, quantize=True)
-    yield "train.batch_size=1, train.gradient_checkpointing=true and model.quantize=4bit", all_three
+    own = "" if setup.strategy == "ddp" else "--strategy ddp and "  # weights of four bits are whole on every GPU
+    if not setup.quantize: yield f"{own}model.quantize=4bit", change(quantize=True, strategy="ddp")
+    all_three = change(batch=1, checkpointing=True, quantize=True, strategy="ddp")
+    yield f"{own}train.batch_size=1, train.gradient_checkpointing=true and model.quantize=4bit", all_three
     shared = {"strategy": "fsdp2", "quantize": False, "checkpointing": True}
     for more in (1, 2, 4):
         words = f"--gpus {setup.gpus * more}x{setup.memory:g} --strategy fsdp2 and train.gradient_checkpointing=true"
-        if setup.gpus * more > 1: yield words, change(gpus=setup.gpus * more, **shared)
+        if setup.gpus * more > 1 and accumulation % (setup.gpus * more) == 0: yield words, change(gpus=setup.gpus * more, **shared)
 
 
 def refusal(
@@ -226,8 +228,9 @@ def refusal(
     "What was expected, what would be needed, and what would fit."
     needed = lambda other: sum(memory(s, spec, other).values()) / 1e9
     if needed(setup) <= setup.memory: return None
-    remedies = [f"{words} ({needed(other):.0f} GB)" for words, other in ways_out(setup) if needed(other) <= other.memory]
-    least = min((other for _, other in ways_out(setup)), key=needed)
+    ways = list(ways_out(setup, spec.train.accumulation))
+    remedies = [f"{words} ({needed(other):.0f} GB)" for words, other in ways if needed(other) <= other.memory]
+    least = min((other for _, other in ways), key=needed)
     larger = f"GPUs of {needed(least):.0f} GB, with all that saves memory, or fewer tokens a sample"
     return SpecError(expected=f"at most {setup.memory:g} GB on each GPU", found=f"about {needed(setup):.0f} GB",
                      where=f"plan, {setup.strategy}", remedy=f"This would fit: {'; '.join(remedies[:4]) or larger}.")
@@ -281,11 +284,9 @@ def written(
     lines += [f"steps    {c['samples_a_step']} samples each, {c['passes_a_gpu']} forward passes on each GPU;"
               f" {c['steps_a_chunk']} in the longest chunk, {c['steps']} in all",
               f"time     {speed}: {c['seconds_a_step']:.1f} s; {c['hours']:.1f} h for all steps,"
-              " without evaluation and reading of data"]
-    if g["strategy"] == "zero2": lines.append("`strlora run` does not launch zero2: this is a plan for a loop of your own")
-    else:
-        recipe = f"--config_file recipes/{g['strategy']}.yaml --num_processes {g['gpus']}"
-        lines.append(f"launch   accelerate launch {recipe} -m strlora run SPEC")
+              " without evaluation, reading of data and exchange between GPUs"]
+    recipe = f"launch   accelerate launch --config_file recipes/{g['strategy']}.yaml --num_processes {g['gpus']} -m strlora run SPEC"
+    lines.append("launch   not by `strlora run`: a loop of your own" if g["strategy"] == "zero2" else recipe)
     return "\n".join(lines)
 
 

@@ -238,7 +238,8 @@ def peers(
     "Where several processes train together, the end of one is an error of the others that says so."
     try: yield
     except RuntimeError as error:
-        if job.accelerator.num_processes == 1 or isinstance(error, StrLoraError): raise
+        lost = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+        if job.accelerator.num_processes == 1 or isinstance(error, StrLoraError) or not lost: raise
         raise TrainingError(expected=f"{job.accelerator.num_processes} processes that answer", found=str(error).split("\n")[0][:200],
                             where=f"{folder}, process {job.accelerator.process_index}",
                             remedy="Look for the first error of another process. Then go on with `strlora resume`.") from error

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'Watcher', 'trainable', 'make_accelerator', 'Trainer', 'counts', 'train_step', 'apply_step', 'let_pass',
-           'check_finite', 'flat_gradient', 'add_up', 'training_state', 'restore']
+           'check_finite', 'flat_gradient', 'term_gradients', 'add_up', 'training_state', 'restore']
 
 # %% ../nbs/11a_trainer.ipynb #ed93fed0
 import contextlib
@@ -25,7 +25,7 @@ from .core import RecordError, SpecError, TrainingError
 from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak
-from .sharing import leave_shares, shares_asked
+from .sharing import is_shared, leave_shares, shares_asked
 from .sieve import sift
 from .spec import TrainConfig
 from .tuner.root import instruction_of
@@ -192,7 +192,7 @@ def train_step(
         share = float(batch.pop("real")) / max(real, 1)
         with accelerator.no_sync(run.objective) if i + 1 < len(passes) else contextlib.nullcontext():
             found = run.objective(batch, tokens, share)
-            if measure: add_up(grads, {name: flat_gradient(term, run.parameters) for name, term in found.items()})
+            if measure: add_up(grads, term_gradients(run, found))
             accelerator.backward(sum(found.values()) * processes)
         add_up(terms, {name: term.detach() for name, term in found.items()})
     values = check_finite(run, {name: accelerator.reduce(value, "sum") for name, value in terms.items()})
@@ -251,6 +251,16 @@ def flat_gradient(
     if not term.requires_grad: return torch.zeros(sum(p.numel() for p in parameters), device=term.device)
     grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for p, g in zip(parameters, grads)])
+
+
+def term_gradients(
+    run: Trainer,                # its parameters
+    terms: Mapping[str, Tensor], # of one forward pass
+) -> dict[str, Tensor]:          # one vector a term
+    "The gradient of each term alone; of a model in shares as a difference, because a penalty alone enters its blocks from inside."
+    if not is_shared(run.model): return {name: flat_gradient(term, run.parameters) for name, term in terms.items()}
+    lm = flat_gradient(terms["lm"], run.parameters)
+    return {"lm": lm, **{name: flat_gradient(terms["lm"] + term, run.parameters) - lm for name, term in terms.items() if name != "lm"}}
 
 
 def add_up(

@@ -10,6 +10,7 @@ import pytest
 from small import SHORT, make_base, rows
 
 from strlora.cli import main, parser
+from strlora.core import write_json
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def said(*words):
 def sets(base): return [x for pair in (f"model.base={base!r}", *SHORT) for x in ("--set", pair)]
 
 
-@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat"))])
+@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat", "bench"))])
 def test_help_needs_nothing(words):
     code = ("import sys, strlora.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as e: assert e.code == 0\n"
             "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)")
@@ -71,7 +72,7 @@ def test_a_limit_makes_everything_smaller():
 def test_every_verb_is_there():
     from strlora.cli import VERBS
     verbs = next(a for a in parser()._actions if a.dest == "verb").choices
-    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat"}
+    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat", "bench"}
 
 
 def test_run_report_eval(base, tmp_path):
@@ -142,3 +143,10 @@ def test_chat_takes_its_words_in_either_order():
 def test_chat_names_a_picture_that_cannot_be_read(tmp_path):
     code, _, err = said("chat", tmp_path, "--image", tmp_path/"none.png", "What?")
     assert code == 2 and "none.png" in err and "a picture" in err
+
+
+def test_processes_do_not_remove_a_run_under_each_other(tmp_path, monkeypatch, capsys):
+    write_json(tmp_path/"run.json", {"status": "finished", "method": "strlora", "spec": {}})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", "--again", "--out", str(tmp_path)]) == 2
+    assert "Move the folder away first" in capsys.readouterr().err and (tmp_path/"run.json").exists()

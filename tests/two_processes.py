@@ -18,7 +18,7 @@ from strlora.job import Job
 
 LARGE = ("stream.chunks=2", "chunk_size=10", "lora_dropout=0.0", "save_every=0", "grad_norm_every=2", "lr=5e-3", "lr_later=5e-3",
          "weight_decay=0.0", "r=32", "batch_size=2", "accumulation=2")
-OWN = {"same": ("freeze_after=1",)}  # within the few steps of a chunk
+OWN = {"same": ("freeze_after=1", "survey=5"), "ewc": ("fisher_samples=3",)}  # not the same number for both processes  # within the few steps of a chunk
 
 
 def learned(base: str, method: str, *pairs: str) -> tuple[dict, dict]:
@@ -51,7 +51,8 @@ if __name__ == "__main__":
     for word in sys.argv[3:]:
         method, _, shares = word.partition("+")
         with patch_environment(ACCELERATE_USE_FSDP=bool(shares), FSDP_VERSION=2):
-            found, tensors = learned(sys.argv[1], method)
+            more = ("gradient_checkpointing=true",) if shares else ()  # changes no number
+            found, tensors = learned(sys.argv[1], method, *more)
         out = Path(sys.argv[2], f"{word}-{os.environ['RANK']}")
         write_json(out.with_suffix(".json"), found)
         save_file({n: t.contiguous() for n, t in tensors.items()}, out.with_suffix(".safetensors"))

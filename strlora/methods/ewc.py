@@ -47,14 +47,18 @@ def fisher_information(
 ) -> dict[str, Any]:        # name → squared gradients, float32, as the parameter
     "Mean over samples of the squared gradient of each; one sample at a time, shared among the processes."
     import torch
-    parameters, share = trained(run.model), places[run.accelerator.process_index::run.accelerator.num_processes]
+
+    from strlora.sharing import idle_passes
+    rank, processes, parameters = run.accelerator.process_index, run.accelerator.num_processes, trained(run.model)
+    share = places[rank::processes]
+    idle = [places[0]] * idle_passes(run.model, len(share), -(-len(places) // processes))
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     with evaluating(run.model):
-        for i in share:
+        for at, i in enumerate([*share, *idle]):
             loss = run.answer_loss(run.batch([run.samples[i]]))
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for square, gradient in zip(total.values(), found):
-                if gradient is not None: square += gradient.float().square()
+                if gradient is not None and at < len(share): square += gradient.float().square()
     return {name: run.accelerator.reduce(square, "sum") / len(places) for name, square in total.items()}
 
 # %% ../../nbs/13d_ewc.ipynb #92960c78

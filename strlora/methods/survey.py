@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .base import evaluating
 from ..moe.spectrum import Spectrum, absorb, observe
+from ..sharing import idle_passes
 from ..tuner.call import recorded
 from ..tuner.layer import StrLoraLinear
 from ..tuner.model import group_of
@@ -113,6 +114,9 @@ def survey(
                 usage[name] = usage.get(name, 0) + weights.sum(0)
                 importance[name] = importance.get(name, 0) + watch.lengths[input_of(name)] @ weights
             tokens += int(watch.real.sum())
+    most = -(-min(samples, len(run.samples)) // run.accelerator.num_processes)
+    with evaluating(run.model):
+        for _ in range(idle_passes(run.model, -(-len(mine) // PASS), -(-most // PASS))): run.answer_loss(run.batch(mine[:1]))
     sums = Survey(usage, importance, watch.spectra)
     return exchanged(run.accelerator, sums if own else nothing(sums), own * len(mine), own * tokens, keep)
 
