@@ -146,7 +146,7 @@ def test_chat_names_a_picture_that_cannot_be_read(tmp_path):
 
 
 def test_processes_do_not_remove_a_run_under_each_other(tmp_path, monkeypatch, capsys):
-    write_json(tmp_path/"run.json", {"status": "finished", "method": "strlora", "spec": {}})
+    write_json(tmp_path/"run.json", {"status": "finished", "method": "strlora", "spec": {"method": "strlora"}})
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["run", "--again", "--out", str(tmp_path)]) == 2
     assert "Move the folder away first" in capsys.readouterr().err and (tmp_path/"run.json").exists()
