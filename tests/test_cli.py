@@ -116,9 +116,10 @@ def asks_less(folder):
 def test_only_the_first_process_prints_what_was_asked(monkeypatch):
     from strlora import again
     monkeypatch.setattr(again, "ask_again", lambda *_: {"full": {"gqa": 50.0}})
-    assert "gqa" in said("eval", "RUN")[1]
+    monkeypatch.setattr(again, "what", lambda *_: {"run": "RUN"})
+    assert "gqa" in said("eval", "RUN")[1] and "RUN" in said("eval", "RUN", "--dry-run")[1]
     monkeypatch.setenv("RANK", "1")
-    assert said("eval", "RUN") == (0, "", "")
+    assert said("eval", "RUN") == said("eval", "RUN", "--dry-run") == (0, "", "")
 
 
 def test_resume_says_where_and_takes_settings_of_execution(base, tmp_path, monkeypatch):
