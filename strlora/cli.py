@@ -168,9 +168,11 @@ def do_eval(args: argparse.Namespace) -> int:
     changes = only(args.set, ("eval.prompts", "train.threads"), "The other settings belong to the run.")
     if args.dry_run:
         found = again.what(args.run, splits, args.limit)
+        if int(os.environ.get("RANK", 0)): return 0
         print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:<10} {v}" for k, v in found.items()))
         return 0
     scores = again.ask_again(args.run, splits, args.limit, changes)
+    if int(os.environ.get("RANK", 0)): return 0
     if args.json: print(json.dumps(scores, indent=1))
     else:
         for split, row in scores.items():

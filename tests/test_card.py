@@ -1,8 +1,10 @@
 "The card of an adapter: its five lines give back the model that the run ended with."
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from small import SHORT, make_base, short_spec
 
 from strlora import runs
@@ -16,7 +18,15 @@ def test_a_finished_run_has_a_card_beside_its_adapter(tmp_path):
     folder = runs.start(short_spec(make_base(tmp_path/"base"), "method=lora", "stream.chunks=2"), tmp_path/"run")
     card = (folder/"checkpoint"/"README.md").read_text()
     assert card == card_of(folder) and "settings.r | 8" in card and "final AP" in card and "license: apache-2.0" in card
-    assert all(task in card for task in ("gqa", "ocr", "textcaps"))
+    assert all(task in card for task in ("gqa", "ocr", "textcaps")) and "Left out" not in card
+    sent_along(folder/"checkpoint")
+
+
+def sent_along(folder):
+    "What the documented call would send to the hub: card and adapter, nothing else."
+    sent = set(filter_repo_objects((p.name for p in folder.iterdir()), allow_patterns=["README.md", "adapter_*"]))
+    assert sent == {"README.md", "adapter_config.json", "adapter_model.safetensors"} < {p.name for p in folder.iterdir()}
+    assert '["README.md", "adapter_*"], repo_id=' in (Path(__file__).parents[1]/"nbs"/"14f_card.ipynb").read_text().replace('\\"', '"')
 
 
 @pytest.mark.slow

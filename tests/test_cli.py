@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 from small import SHORT, make_base, rows
 
 from strlora.cli import main, parser
 from strlora.core import write_json
+from strlora.folder import locked
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,19 @@ def asks_less(folder):
     assert code == 0 and set(json.loads(out)["full"].values()) <= {0.0, 100.0}, err
     assert rows(folder) == before
     assert "finished" in said("resume", folder, "--dry-run")[2]
+    with locked(folder):
+        code, out, err = said("eval", folder)
+        assert code == 2 and not out and "in use" in err, "another process writes there"
+        assert said("eval", folder, "--limit", "1")[0] == 0, "nothing is stored"
+
+
+def test_only_the_first_process_prints_what_was_asked(monkeypatch):
+    from strlora import again
+    monkeypatch.setattr(again, "ask_again", lambda *_: {"full": {"gqa": 50.0}})
+    monkeypatch.setattr(again, "what", lambda *_: {"run": "RUN"})
+    assert "gqa" in said("eval", "RUN")[1] and "RUN" in said("eval", "RUN", "--dry-run")[1]
+    monkeypatch.setenv("RANK", "1")
+    assert said("eval", "RUN") == said("eval", "RUN", "--dry-run") == (0, "", "")
 
 
 def test_resume_says_where_and_takes_settings_of_execution(base, tmp_path, monkeypatch):
@@ -150,3 +165,13 @@ def test_processes_do_not_remove_a_run_under_each_other(tmp_path, monkeypatch, c
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["run", "--again", "--out", str(tmp_path)]) == 2
     assert "Move the folder away first" in capsys.readouterr().err and (tmp_path/"run.json").exists()
+
+
+def test_chat_names_a_device_that_is_not_there(tmp_path, monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    picture = tmp_path/"red.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    for name in ("cuda", "foo", "cuda:9", "mps"):
+        code, out, err = said("chat", tmp_path, "--image", picture, "--device", name, "What?")
+        assert code == 2 and not out and err.count("\n") == 1 and "--device: expected a device of this machine: cpu" in err, name

@@ -325,3 +325,9 @@ def test_the_verb(source, tmp_path):
     code, out, err = said("convert", tmp_path/"none", tmp_path/"again")
     assert code == 2 and not out and err.startswith("strlora: ") and err.count("\n") == 1 and "config.json" in err
     assert set(IMAGES.values()) == {"<img>", "</img>", "<IMG_CONTEXT>"}
+
+
+def test_a_name_on_the_hub_is_to_be_downloaded_first(tmp_path):
+    code, out, err = said("convert", "OpenGVLab/InternVL3_5-8B", tmp_path/"native")
+    assert code == 2 and not out and err.count("\n") == 1 and "hf download OpenGVLab/InternVL3_5-8B --local-dir SRC" in err
+    assert not (tmp_path/"native").exists()

@@ -2,8 +2,10 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,8 +136,40 @@ def test_the_recipe_runs_every_method_and_says_what_it_costs():
     assert subprocess.run(["bash", "-n", str(ROOT/"recipes"/"paper.sh")]).returncode == 0
     costs = dict(reversed(pair) for pair in re.findall(r"^(# \d+ GB a GPU, .*)\nonce (\w+)$", text, re.M))
     tool = recipe()
-    assert list(costs) == list(tool.METHODS)
+    assert list(costs) == list(tool.ORDER) and set(costs) == set(tool.METHODS) and (tool.ORDER[0], tool.ORDER[-1]) == ("zero_shot", "joint")
     for method in ("lora", "zero_shot"): assert costs[method] == tool.remark(method), "run tools/make_paper_recipe.py"
+
+
+def test_the_recipe_goes_on_after_a_method_that_fails_and_says_which(tmp_path):
+    "The two commands are stood in for: they write down their words; `lora` does not fit, `ewc` stops."
+    stub = f"""#!{sys.executable}
+import sys
+from pathlib import Path
+name, words = Path(sys.argv[0]).name, sys.argv[1:]
+with Path("said").open("a") as file: print(name, *words, file=file)
+if (words[0] == "plan" and "/lora.toml" in words[1]) or (name == "accelerate" and "/ewc.toml" in " ".join(words)): sys.exit(1)
+if "--out" in words:
+    folder = Path(words[words.index("--out") + 1])
+    folder.mkdir(parents=True)
+    (folder/"run.json").write_text('{{"status": "finished"}}')
+"""
+    for file, text in (("recipes/paper.sh", (ROOT/"recipes"/"paper.sh").read_text()), (".venv/bin/strlora", stub), (".venv/bin/accelerate", stub)):
+        (tmp_path/file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/file).write_text(text)
+        (tmp_path/file).chmod(0o755)
+
+    def run(): return subprocess.run([tmp_path/"recipes"/"paper.sh"], capture_output=True, text=True, env={**os.environ, "CONFIG": "recipes/fsdp2.yaml"})
+
+    done, said = run(), (tmp_path/"said").read_text().splitlines()
+    assert done.returncode == 1 and "2 failed: lora ewc" in done.stderr
+    order, tool = [re.search(r"/(\w+)\.toml", line)[1] for line in said if " plan " in line], recipe()
+    assert order == list(tool.ORDER) and all(line.endswith("--gpus 4x80 --strategy fsdp2") for line in said if " plan " in line)
+    launched = [line for line in said if line.startswith("accelerate")]
+    assert len(launched) == len(order) - 1 and all("--config_file recipes/fsdp2.yaml --num_processes 4 -m strlora run" in line for line in launched)
+    assert said[-1] == " ".join(["strlora report", *(f"results/paper/internvl3_5_8b/{m}/seed42" for m in order if m not in ("lora", "ewc"))])
+    run()
+    again = (tmp_path/"said").read_text().splitlines()[len(said):]
+    assert sum(line.startswith("accelerate") for line in again) == 1, "finished runs are kept"
 
 
 @pytest.mark.slow

@@ -233,3 +233,14 @@ def test_two_processes_train_as_one(base, tmp_path, recipe):
         assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"])
         for name in ("lm", "kl", "grad_norm", "grad_norm_lm", "grad_norm_kl"): assert math.isclose(a[name], b[name], rel_tol=1e-3, abs_tol=1e-6), name
     assert [r["sample_id"] for r in rows(tmp_path/"one")] == [r["sample_id"] for r in rows(tmp_path/"two")]
+    if recipe == "ddp": asks_once(launch, tmp_path/"two")
+
+
+def asks_once(launch, folder):
+    "`strlora eval` of two processes: one table, and one of them writes."
+    before = sorted(rows(folder), key=str)
+    done = subprocess.run([*launch, "eval", str(folder), "--split", "both", "--json"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(RECIPES.parent)})
+    assert done.returncode == 0 and set(json.loads(done.stdout)) == {"proxy", "full"}, done.stderr
+    after = sorted(rows(folder), key=str)
+    assert [r for r in after if r["split"] == "proxy"] == [r for r in before if r["split"] == "proxy"]

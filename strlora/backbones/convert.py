@@ -9,6 +9,7 @@ __all__ = ['TOKENIZER', 'IMAGES', 'TURNS', 'write_tokenizer', 'load_tokenizer', 
 # %% ../../nbs/09g_convert.ipynb #d9e7b733
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -105,8 +106,11 @@ def convert(
     limit: int = SHARD,      # bytes of a file
 ) -> dict[str, Any]:         # what was found and done
     "Rewrite a checkpoint of InternVL's own code in the layout of transformers; an error leaves nothing behind."
-    src, dst = Path(src), Path(dst)
+    name, src, dst = str(src), Path(src), Path(dst)
     file = src/"config.json"
+    if not src.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise SpecError(expected="a folder with config.json", found="no such folder, perhaps a name on the hub", where=name,
+                        remedy=f"Download it first: hf download {name} --local-dir SRC, then strlora convert SRC {dst}.")
     if not file.is_file():
         raise SpecError(expected="a folder with config.json", found="none", where=src,
                         remedy="Download the checkpoint into a folder first.")
