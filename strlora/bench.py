@@ -10,7 +10,6 @@ __all__ = ['Group', 'WORDS', 'NAMES', 'PARTS', 'Shape', 'plain_layer', 'routed_l
 # %% ../nbs/14i_bench.ipynb #45599088
 import dataclasses
 import json
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator

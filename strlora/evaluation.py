@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .data.rules import KNOWN, score_rows, version_of
 from .objective import with_features
-from .sharing import is_shared
+from .sharing import idle_passes
 
 # %% ../nbs/12_evaluation.ipynb #95c761b2
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,8 @@ def evaluate(
     "Ask everything and score it; with several processes each asks its share and all get all rows."
     rank, count, device = 0, 1, "cpu"
     if accelerator: rank, count, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    mine, more = batches[rank::count], batches[:rank >= len(batches) % count > 0] if is_shared(model) else []
+    mine = batches[rank::count]
+    more = batches[:idle_passes(model, len(mine), -(-len(batches) // count))]
     rows = [row(s, text, after_chunk, split) for s, text in answers(model, mine, decode, device)]
     for _ in answers(model, more, decode, device): pass  # a share of the weights is needed where others have a batch more
     if accelerator: rows = gather_object(rows)
