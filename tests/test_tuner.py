@@ -237,8 +237,9 @@ def test_one_expert_and_a_constant_router_is_lora(dropout):
 
 @pytest.mark.parametrize("settings", [
     config(), released(), config(stage1="straight_through"), config(stage1="frozen"), config(attention_dim=0), released(attention_dim=0),
-    config(sub_top_k=0), released(sub_top_k=0), config(sub_top_k=1), config(top_k=None), config(kl_weight=0.0), config(router="constant")],
-    ids=lambda s: "-".join(str(getattr(s, n)) for n in ("router", "top_k", "sub_top_k", "attention_dim", "stage1", "kl_weight")))
+    config(sub_top_k=0), released(sub_top_k=0), config(sub_top_k=1), config(top_k=None), config(kl_weight=0.0), config(router="constant"),
+    config(share_routers="block")],
+    ids=lambda s: "-".join(str(getattr(s, n)) for n in ("router", "top_k", "sub_top_k", "attention_dim", "stage1", "kl_weight", "share_routers")))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_trainable_parameter_is_trained(settings, checkpointing):
     torch.manual_seed(0)
@@ -504,6 +505,53 @@ def test_sharing_a_router_is_copying_it():
     some = get_peft_model(internvl(), config(target_modules=["k_proj", "v_proj", "up_proj"], exclude_modules=".*vision_tower.*"))
     assert [layer.name.rpartition(".")[2] for layer in layers_of(some) if "default" in layer.strlora_router] == ["k_proj", "up_proj"] * 2
     assert torch.isfinite(some(**given).loss)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_router_a_block(name, tmp_path):
+    model = wrapped(MODELS[name], config(share_routers="block"))
+    given = batch(model)
+    with model.base_model.record_routing() as rows: out = model(**given)
+    assert [layer.rpartition(".")[2] for layer, _, _ in rows] == ["q_proj"] * 2 and len(layers_of(model)) == 14
+    assert sum("default" in layer.strlora_router for layer in layers_of(model)) == 2
+    pick = lambda layers: {layer.name: layer for layer in layers}["model.language_model.layers.0.mlp.down_proj"]
+    own = wrapped(MODELS[name], config(share_routers=False))
+    assert pick(layers_of(model)).strlora_owner["default"].name.endswith("layers.0.self_attn.q_proj")
+    for a, b in zip(layers_of(model), layers_of(own), strict=True):
+        b.strlora_experts.load_state_dict(a.strlora_experts.state_dict())
+        if "default" in a.strlora_router: b.strlora_router.load_state_dict(a.strlora_router.state_dict())
+        if not a.name.endswith("q_proj"):  # what the block decided, put in by hand
+            decided = next(r for n, _, r in rows if n == a.strlora_owner["default"].name)
+            b.strlora_router["default"].forward = lambda h, context, decided=decided: decided
+    assert torch.allclose(own(**given).logits, out.logits, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MODELS[name](), tmp_path).eval()
+    assert torch.equal(again(**given).logits, out.logits) and torch.equal(copy.deepcopy(model)(**given).logits, out.logits)
+    asked = left_padded(model, batch(model, labels=False), [18, 14])
+    how = dict(max_new_tokens=6, do_sample=False, num_beams=2)
+    assert torch.equal(model.generate(**asked, **how), model.generate(**asked, **how, use_cache=False))
+    model.train()
+    expected = step(model, given, given)
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    assert largest_difference(expected, step(model, given, given)) == 0
+    model.delete_adapter("default")
+    assert not any(layer.strlora_owner or layer.strlora_follows for layer in layers_of(model))
+
+
+def test_a_layer_that_follows_needs_its_block():
+    model = wrapped(settings=config(share_routers="block"))
+    given = batch(model)
+    down = next(layer for layer in layers_of(model) if layer.name.endswith("layers.1.mlp.down_proj"))
+    hook = next(layer for layer in layers_of(model) if layer.name.endswith("layers.1.self_attn.q_proj"))
+    hook.forward = hook.base_layer.forward  # the layer that decides for the block is passed over
+    with pytest.raises(SignalError, match="layers.1.*layers.1.self_attn.q_proj|layers.1.self_attn.q_proj"): model(**given)
+    del hook.forward
+    drop = lambda module, args: (args[0][:, 1:],)
+    handle = down.register_forward_pre_hook(drop)
+    with pytest.raises(SignalError, match="tokens that were routed"): model(**given)
+    handle.remove()
+    assert torch.isfinite(model(**given).loss) and CALL.get() is None
+    with pytest.raises(SpecError, match="'block'"): config(share_routers="blok")
 
 
 def test_state_and_counts():

@@ -28,8 +28,8 @@ class StrLoraSettings(AdapterSettings):
                                     "experts of a token among the selected; unset: all, softly")
     attention_dim: int = sourced(32, "ours: half the router parameters (official: 64)",
                                  "width of the attention between tokens and instruction")
-    share_routers: bool = sourced(True, "ours: the same input needs one answer (official: false)",
-                                  "one router for q, k, v and one for gate, up")
+    share_routers: bool | Literal["block"] = sourced(True, "ours: the same input needs one answer (official: false)",
+                                                     'one router for q, k, v and one for gate, up; "block": one a block')
     instruction_norm: Literal["layer", "none"] = sourced("layer",
                                                          "ours: scales differ between model families (official: none)",
                                                          "normalisation of the instruction before stage 1")
@@ -47,7 +47,7 @@ class ReleasedSettings(StrLoraSettings):
     "StrLoRA as the official scripts run it."
     sub_top_k: int | None = sourced(1, "official scripts", "experts of a token among the selected")
     attention_dim: int = sourced(64, "official scripts", "width of the attention between tokens and instruction")
-    share_routers: bool = sourced(False, "official code", "one router for q, k, v and one for gate, up")
+    share_routers: bool | Literal["block"] = sourced(False, "official code", "one router for q, k, v and one for gate, up")
     instruction_norm: Literal["layer", "none"] = sourced("none", "official code",
                                                          "normalisation of the instruction before stage 1")
     stage1: Stage1 = sourced("frozen", "official code: a mask, no gradient",

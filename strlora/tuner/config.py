@@ -71,6 +71,7 @@ def check_settings(
     check_choice(config, "router", ROUTERS)
     check_choice(config, "bank", BANKS)
     check_choice(config, "stage1", STAGE1)
+    check_choice(config, "share_routers", (True, False, "block"))
     if config.router == "two_stage":
         for name in ("top_k", "sub_top_k"):
             if getattr(config, name) is not None: check_range(config, name, 0, experts, whole=True)
@@ -97,7 +98,8 @@ class StrLoraConfig(PeftConfig):
     top_k: int | None = sourced(2, "official code", "stage 1: experts a sample may use; None or 0 for all")
     sub_top_k: int | None = sourced(None, "abstract", "stage 2: experts a token uses; None all of the subset, 0 no stage 2")
     attention_dim: int = sourced(32, "ours: below 1.3 times LoRA's parameters (official: 64)", "width of stage 2; 0 for a linear one")
-    share_routers: bool = sourced(True, "ours: the same input needs one answer", "one router for q, k, v and one for gate, up")
+    share_routers: bool | str = sourced(True, "ours: the same input needs one answer",
+                                        "one router for q, k, v and one for gate, up; 'block': one for each decoder block")
     stage1: str = sourced("prior", "ours: it learns, and experts can be skipped", "'prior', 'straight_through' or 'frozen'")
     instruction_norm: str = sourced("layer", "ours: scales differ between model families", "'layer' or 'none' before stage 1")
     kl_weight: float = sourced(0.1, "official code", "weight of the routing-stability penalty; 0 keeps no slow router")
