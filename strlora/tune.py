@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import SpecError, TrainingError, atomic_file, unknown
-from .data.mini.bench import REPORTING_SEEDS, TUNING_SEEDS
+from .data.mini.bench import ABLATION_SEEDS, REPORTING_SEEDS, TUNING_SEEDS
 from .job import make_stream
 from .methods.table import METHODS
 from .parallel import Child, child, steps_of, tail, work_off
@@ -115,8 +115,8 @@ def check_seeds(
     "Tuning seeds choose, all others report; neither does the other's work."
     for run in runs:
         for name, seed in (("seed", run.spec.seed), ("stream.seed", run.spec.stream.seed)):
-            if seed is None or (seed in TUNING_SEEDS) == tuning: continue
-            what, seeds = ("tuning", TUNING_SEEDS) if tuning else ("reporting", REPORTING_SEEDS)
+            if seed is None or (seed in ABLATION_SEEDS) == tuning: continue
+            what, seeds = ("tuning", ABLATION_SEEDS) if tuning else ("reporting", REPORTING_SEEDS)
             raise SpecError(expected=f"a {what} seed, {seeds[0]} to {seeds[-1]}", found=seed, where=f"{run.label}: {name}",
                             remedy="Settings are chosen on other streams than those that are reported.")
 

@@ -29,7 +29,7 @@ def said(*words):
 def sets(base): return [x for pair in (f"model.base={base!r}", *SHORT) for x in ("--set", pair)]
 
 
-@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat", "bench"))])
+@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "ablate", "compare", "methods", "data", "convert", "chat", "bench"))])
 def test_help_needs_nothing(words):
     code = ("import sys, strlora.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as e: assert e.code == 0\n"
             "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)")
@@ -45,6 +45,8 @@ def test_help_needs_nothing(words):
     (["tune", "lroa"], "'lora'"), (["tune", "zero_shot"], "nothing to tune"), (["compare", "lroa"], "'lora'"),
     (["compare", "lora", "--seeds", "0,100"], "100"), (["compare", "lora", "--jobs", "0", "--limit", "1"], "--jobs"),
     (["compare", "lora", "--reference", "x"], "x"), (["tune", "lora", "--stream", "windws", "--dry-run"], "'windows'"),
+    (["ablate", "lroa", "r=8"], "'lora'"), (["ablate", "lora", "r"], "NAME=VALUE"), (["ablate", "lora", "r=64"], "another value"),
+    (["ablate", "lora", "r=32", "--seeds", "0"], "100 to 109"), (["ablate", "lora", "rr=32"], "'r'"),
 ])
 def test_a_mistake_is_one_line(words, found):
     code, out, err = said(*words)
@@ -74,7 +76,7 @@ def test_a_limit_makes_everything_smaller():
 def test_every_verb_is_there():
     from strlora.cli import VERBS
     verbs = next(a for a in parser()._actions if a.dest == "verb").choices
-    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "compare", "methods", "data", "convert", "chat", "bench"}
+    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "ablate", "compare", "methods", "data", "convert", "chat", "bench"}
 
 
 def test_run_report_eval(base, tmp_path):

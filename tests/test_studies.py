@@ -262,6 +262,20 @@ def test_tune_from_grid_to_file(place):
     assert code == 0 and "4 of 4 runs were finished before" in err and json.loads(out) == found
 
 
+@pytest.mark.slow
+def test_ablate_pairs_values_over_seeds(place):
+    words = ["ablate", "strlora", "share_routers=block,true", "--seeds", "100,102", "--json"]
+    code, out, err = said(*words)
+    found = json.loads(out)
+    assert code == 0 and not found["failed"], err
+    rows = [r for r in found["scores"] if r["metric"] == "MAP"]
+    assert [r["value"] for r in rows] == ["True", "block"] and rows[0]["difference"] is None and rows[1]["pairs"] == 2
+    table = Path("results/mini/ablation/windows/strlora.share_routers.csv").read_text().splitlines()
+    assert [line.split(",")[1:3] for line in table[1:]] == [[f"share_routers={v}", s] for s in ("100", "102") for v in ("True", "block")]
+    code, out, err = said(*words)
+    assert code == 0 and "4 of 4 runs were finished before" in err and json.loads(out) == found
+
+
 def test_a_run_older_than_a_setting_has_its_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = parallel.child("lora", ["--method", "lora"])
