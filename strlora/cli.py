@@ -91,6 +91,7 @@ def do_run(args: argparse.Namespace) -> int:
     _quiet()
     from strlora import runs
     from strlora.folder import folder_of, replacing, same_run, status_of
+    from strlora.profiling import profiled
     folder = Path(args.out) if args.out else folder_of(spec, published)
     status = status_of(folder)
     build(spec)
@@ -98,12 +99,13 @@ def do_run(args: argparse.Namespace) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise SpecError(expected="--out DIR or a new folder, with several processes", found="--again", where=folder,
                             remedy="Move the folder away first: processes would remove it under each other.")
-        with replacing(folder): runs.start(spec, folder)
+        with replacing(folder), profiled(args.profile): runs.start(spec, folder)
     elif status == "finished":
         same_run(folder, spec)
         print(f"This run is finished. --again runs it anew, --out DIR runs it elsewhere. Folder: {folder}",
               file=sys.stderr)
-    else: runs.start(spec, folder)
+    else:
+        with profiled(args.profile): runs.start(spec, folder)
     return show_run(folder, args.json)
 
 

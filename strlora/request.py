@@ -41,6 +41,7 @@ def add_run(
     p.add_argument("--out", metavar="DIR",
                    help="folder of the run; default: results/ for a published spec at a clean commit, else scratch/")
     p.add_argument("--again", action="store_true", help="remove the run that is in the folder and start anew")
+    p.add_argument("--profile", action="store_true", help="tell in the end where the time went")
     p.add_argument("--dry-run", action="store_true", help="print every setting with its source and stop")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
 

@@ -22,6 +22,7 @@ from .card import write_card
 from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_json, write_json
 from .folder import finish, info_of, locked, merge_rows, provenance, rows_so_far, same_files, status_of, write_rows
 from .job import Job
+from .profiling import record, watch
 from .progress import Progress
 from .sharing import is_shared
 from .spec import EXECUTION, RunSpec, as_dict, resolve
@@ -225,7 +226,7 @@ def follow(
         raise
     if main: finish(folder)
     if main and job.trains: write_card(folder)
-    if main: note(folder, {**info, "state": state_size(job)}, "finished", started)
+    if main: note(folder, {**info, "state": state_size(job), **record()}, "finished", started)
     job.accelerator.wait_for_everyone()
     return folder
 
@@ -276,6 +277,7 @@ def train(
     progress = Progress(sum(steps), job.trainer.total if job.trains else 0, len(plan), job.accelerator.is_main_process)
     if not (fresh or known): progress.say("another number of processes than before: dropout draws other numbers from here on")
     recorder = Recorder(job, folder, progress)
+    watch(job, recorder)
     for remark in job.stream.source.get("remarks", []): progress.say(remark)
     try:
         with stopping(recorder):

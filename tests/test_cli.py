@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from small import SHORT, make_base, rows
@@ -81,9 +82,14 @@ def test_every_verb_is_there():
 
 def test_run_report_eval(base, tmp_path):
     folder = tmp_path/"run"
-    code, out, err = said("run", *sets(base), "--set", "full_every=3", "--out", folder)
+    code, out, err = said("run", *sets(base), "--set", "full_every=3", "--out", folder, "--profile")
     assert code == 0, err
     assert "MAP" in out and "MAF" in out and str(folder) in out and err.count("chunk ") == 3
+    phases = {r["phase"]: r for r in json.loads((folder/"run.json").read_text())["profile"]}
+    assert phases.keys() >= {"forward", "backward", "optimizer", "answers", "checkpoints", "the rest"} and all(p in err for p in phases)
+    steps = len(pq.read_table(folder/"train.parquet"))
+    assert phases["forward"]["calls"] == phases["optimizer"]["calls"] == steps
+    assert sum(r["share"] for r in phases.values()) == pytest.approx(1, abs=0.01)
     assert {p.name for p in folder.glob("*.png")} >= {"accuracy.png", "experts.png"}
     assert {p.name for p in folder.iterdir()} >= {"run.json", "stream.json", "train.parquet", "predictions.parquet", "routing.parquet", "checkpoint"}
     before = rows(folder)
