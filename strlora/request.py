@@ -74,9 +74,12 @@ def add_bench(
 ) -> None:
     "Options of `strlora bench`."
     p = verbs.add_parser("bench", help=BENCH_HELP, description=f"{BENCH_HELP[0].upper()}{BENCH_HELP[1:]}.")
-    p.add_argument("part", choices=["layer", "step", "generate", "scale"], metavar="PART",
-                   help="layer: one linear layer; step: a training step of the mini model; generate: its answers; scale: number of experts")
-    p.add_argument("--rounds", type=int, default=40, metavar="N", help="each way runs once a round (default: 40)")
+    p.add_argument("part", choices=["layer", "step", "generate", "scale", "compile", "growth"], metavar="PART",
+                   help="layer: one linear layer; step: a training step of the mini model; generate: its answers; "
+                        "scale: number of experts; compile: one layer under torch.compile; "
+                        "growth: late chunks of a long stream against early ones, for every method")
+    p.add_argument("--rounds", type=int, default=40, metavar="N",
+                   help="each way runs once a round; of growth: chunks at either end (default: 40)")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 

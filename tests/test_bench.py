@@ -40,15 +40,33 @@ def test_layers_of_one_group_have_the_same_trained_numbers_and_compute_what_they
     assert all(p.grad is None for p in layer.parameters())
 
 
-@pytest.mark.parametrize("part", ["scale", "step", *(pytest.param(part, marks=pytest.mark.slow) for part in ("layer", "generate"))])
+@pytest.mark.parametrize("part", ["scale", "step", *(pytest.param(part, marks=pytest.mark.slow) for part in ("layer", "generate", "compile"))])
 def test_json_has_a_row_for_everything(part, capsys):
-    groups = {"layer": 12, "scale": 4, "generate": 2, "step": 4}
+    groups = {"layer": 13, "scale": 4, "generate": 3, "step": 6, "compile": 3}
     assert main(["bench", part, "--rounds", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["rows"]) == groups[part] and found["rounds"] == 3 and found["versions"]["torch"] == torch.__version__
     for row in found["rows"]:
         assert row.keys() == {"name", "ratio", "low", "high", "target"} and 0 < row["low"] <= row["ratio"] <= row["high"]
-    assert any(row["target"] for row in found["rows"])
+    assert any(row["target"] for row in found["rows"]) or part == "compile"
+
+
+@pytest.mark.slow
+def test_growth_tells_of_every_method_that_lasts(capsys, monkeypatch):
+    from strlora import growth
+    whole = growth.growth
+    monkeypatch.setattr(bench, "growth", lambda rounds, seen: whole(rounds, ["lora", "strlora"], 20, seen))
+    assert main(["bench", "growth", "--rounds", "5", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [row["name"] for row in found["rows"]] == ["lora, time", "lora, state", "strlora, time", "strlora, state"]
+    assert found["rows"][3]["ratio"] == 1 and found["rows"][3]["target"] and "growth of strlora" in err
+    assert len(found["series"]) == 2 * 20 // growth.EVERY and found["series"][0].keys() == {"method", "chunk", "seconds", "numbers"}
+
+
+def test_compiling_without_a_compiler_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    assert main(["bench", "compile"]) == 2 and "C++ compiler" in capsys.readouterr().err
 
 
 def test_too_few_rounds_are_refused(capsys):
