@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LINEARS', 'ROUTED', 'Machine', 'Op', 'product', 'base_ops', 'adapter_ops', 'router_ops', 'total', 'block_seconds']
 
-# %% ../nbs/14k_roofline.ipynb #21d0fc35
+# %% ../nbs/14k_roofline.ipynb #eef414cb
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# %% ../nbs/14k_roofline.ipynb #a2da6603
+# %% ../nbs/14k_roofline.ipynb #53ada03d
 @dataclass(frozen=True)
 class Machine:
     "What a processor does at best."
@@ -40,7 +40,7 @@ def product(
     "A product of two matrices."
     return Op(name, 2 * m * k * n, m * k + k * n + m * n)
 
-# %% ../nbs/14k_roofline.ipynb #e4c8110c
+# %% ../nbs/14k_roofline.ipynb #a5c4d6a3
 def base_ops(
     t: int,      # tokens
     d_in: int,   # width of the input
@@ -97,7 +97,7 @@ def total(
     "The least that all of them take, one after the other."
     return sum(op.seconds(machine) for op in ops)
 
-# %% ../nbs/14k_roofline.ipynb #9edc8c85
+# %% ../nbs/14k_roofline.ipynb #666e49d1
 LINEARS = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "gate": (4096, 12288), "up": (4096, 12288),
            "down": (12288, 4096)}       # widths of Qwen3-8B
 ROUTED = {"each layer": tuple(LINEARS), "shared input": ("q", "o", "gate", "down"), "one a block": ("q",)}  # who has a router

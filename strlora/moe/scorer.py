@@ -65,8 +65,8 @@ def compared(
     "The scores that training needs, from as few products as there can be."
     folded = live.query is None and live.keys is not None and live.keys.dim() == 3
     if folded and not through_hidden:
-        s, taught, reference = shared_logits(hidden, live.keys, slow.keys)
-        return live.joined(s), live.joined(taught), slow.joined(reference)
+        priors = (live.log_p, slow.log_p) if live.prior else (None, None)
+        return shared_logits(hidden, live.keys, slow.keys, *priors)
     with torch.no_grad(): reference = slow(hidden)
     scores = live(hidden)
     return scores, scores if through_hidden else live(hidden.detach()), reference
