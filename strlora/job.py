@@ -261,7 +261,8 @@ class Job:
             return routing(self.model, batches, after_chunk, self.accelerator, count)
 
     @contextlib.contextmanager
-    def counted(self, what: str, batches: Sequence[Prompts], after_batch: Callable[[], object], done: int = 0) -> Iterator[Callable[[int], None]]:
+    def counted(self, what: str, batches: Sequence[Prompts], after_batch: Callable[[], object],
+                done: int = 0) -> Iterator[Callable[[int], None]]:
         "A function to be told how many of these prompts are done: it shows that, and calls another."
         def count(done: int) -> None:
             shown(done)

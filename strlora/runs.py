@@ -55,7 +55,7 @@ class Recorder(Watcher):
         if self.main and rows: write_rows(self.folder/"parts"/f"{chunk:04d}.{name}.parquet", rows)
 
     def asked_to_stop(self) -> bool:
-        "Whether any process of this run was; all of them stop at the same step, or those that go on would wait for ever."
+        "Whether any process of this run was; all of them stop at the same place, or those that go on would wait for ever."
         if self.job.accelerator.num_processes > 1:
             mine = torch.tensor([self.stop], device=self.job.accelerator.device)
             self.stop = int(self.job.accelerator.gather(mine).max())
