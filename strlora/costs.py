@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'MISSED', 'read_bench', 'ratios', 'course']
 
-# %% ../nbs/16c_costs.ipynb #1b8aeb29
+# %% ../nbs/16c_costs.ipynb #084feba4
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from . import style
 from .core import SpecError, read_json
 
-# %% ../nbs/16c_costs.ipynb #5f229c0e
+# %% ../nbs/16c_costs.ipynb #bbcb22b2
 PARTS = ("layer", "step", "generate", "scale", "compile", "growth")
 
 
@@ -26,7 +26,7 @@ def read_bench(
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:  # ratios, course of the long stream, where and with what it was measured
     "All that a machine was asked about; every part from one commit."
     found = {part: read_json(file) for part in PARTS if (file := Path(folder)/f"{part}.json").exists()}
-    if not found: raise SpecError(expected="files of `strlora bench`", found="none", where=folder, remedy="strlora bench step --json > step.json")
+    if not found: raise SpecError(expected="files of `strlora bench`", found="none", where=folder, remedy="See `strlora bench --help`.")
     rows = pd.DataFrame([{"part": part, **row} for part, record in found.items() for row in record["rows"]])
     if len(commits := {record["commit"] for record in found.values()}) > 1:
         raise SpecError(expected="one commit", found=", ".join(sorted(map(str, commits))), where=folder, remedy="Measure all parts anew.")
@@ -34,7 +34,7 @@ def read_bench(
     series = pd.DataFrame(found.get("growth", {}).get("series", []), columns=["method", "chunk", "seconds", "numbers"])
     return rows, series, about
 
-# %% ../nbs/16c_costs.ipynb #0ae523bc
+# %% ../nbs/16c_costs.ipynb #c5dd3518
 MISSED = "#c0392b"
 
 
@@ -52,8 +52,8 @@ def ratios(
             axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="round")
             axes.plot(row["ratio"], y, "o", color=colour, markersize=5)
             if pd.notna(target): axes.plot([target, target], [y - 0.3, y + 0.3], color=style.INK, linewidth=1.4)
-            axes.annotate(f"{row['ratio']:.2f}", (row["high"], y), xytext=(6, 0), textcoords="offset points", va="center", color=style.FAINT,
-                          fontsize=8)
+            axes.annotate(f"{row['ratio']:.2f}", (row["high"], y), xytext=(6, 0), textcoords="offset points", va="center",
+                          color=style.FAINT, fontsize=8)
         axes.axvline(1, color=style.RULE, zorder=0)
         axes.set(yticks=range(len(rows)), yticklabels=rows["name"], title=title, xlabel="ratio")
         axes.margins(x=0.12)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['model_type_of', 'absent', 'packed', 'load_model', 'wrap', 'with_full_projector', 'as_float', 'checkpoint_activations',
-           'image_encoder', 'make_stream', 'samples_of', 'set_seed', 'Job']
+           'image_encoder', 'make_stream', 'samples_of', 'set_seed', 'Job', 'state_size']
 
 # %% ../nbs/14a_job.ipynb #3b135616
+import contextlib
 import functools
 import importlib.util
 import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from . import checkpoint
 from .core import SpecError, unknown
 from .data.released import balanced_samples, released_stream
 from .data.rules import KNOWN
@@ -27,6 +29,7 @@ from .evaluation import Prompts, evaluate, limit_of, prepare, routing
 from .features import SHARED, encoder_of
 from .folder import parameter_counts
 from .methods.table import METHODS
+from .progress import Asked
 from .schedule import check_processes
 from .sharing import share_out, shares_asked
 from .spec import RunSpec
@@ -243,13 +246,35 @@ class Job:
         "Token ids as texts."
         return self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def ask(self, split: str, after_chunk: int, limit: int | None = None) -> list[dict[str, Any]]:
-        "Answers of the model as it is, to at most `limit` questions of a task."
-        return evaluate(self.model, self.questions(split, limit), self.decode, after_chunk, split, self.accelerator,
-                        self.spec.eval.rules)
+    def ask(self, split: str, after_chunk: int, limit: int | None = None, found: MutableMapping[int, list[str]] | None = None,
+            after_batch: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
+        "Answers of the model as it is, to at most `limit` questions of a task; those of whole batches may be there already."
+        batches, found = self.questions(split, limit), {} if found is None else found
+        with self.counted(f"{split} questions", batches, after_batch, sum(map(len, found.values()))) as count:
+            return evaluate(self.model, batches, self.decode, after_chunk, split, self.accelerator, self.spec.eval.rules, found, count)
 
-    def route(self, after_chunk: int) -> list[dict[str, Any]]:
+    def route(self, after_chunk: int, after_batch: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
         "How the proxies are routed; nothing for a method without a choice of experts."
         config = getattr(self.model, "peft_config", {}).get("default")
         if config is None or config.router == "constant": return []
-        return routing(self.model, self.questions("proxy"), after_chunk, self.accelerator.device)
+        batches = self.questions("proxy")
+        with self.counted("proxies routed", batches, after_batch) as count:
+            return routing(self.model, batches, after_chunk, self.accelerator, count)
+
+    @contextlib.contextmanager
+    def counted(self, what: str, batches: Sequence[Prompts], after_batch: Callable[[], object],
+                done: int = 0) -> Iterator[Callable[[int], None]]:
+        "A function to be told how many of these prompts are done: it shows that, and calls another."
+        def count(done: int) -> None:
+            shown(done)
+            after_batch()
+
+        with Asked(what, sum(len(b.samples) for b in batches), done, self.accelerator.is_main_process) as shown: yield count
+
+
+def state_size(
+    job: Job,   # trained
+) -> int:       # numbers
+    "How much the parts of the method keep beside the weights."
+    trees = [part.state_dict() for part in job.trainer.parts.values()] if job.trains else []
+    return sum(tensor.numel() for tensor in checkpoint.pack(trees)[1].values())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interrupted', 'Recorder', 'stopping', 'start', 'resume', 'unfinished', 'spec_in', 'where', 'drive', 'follow', 'peers',
-           'state_size', 'note', 'train']
+           'note', 'train']
 
 # %% ../nbs/14a_runs.ipynb #e7c9c7ad
 import contextlib
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from . import checkpoint
+from .answered import Answered, forget
 from .card import write_card
 from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_json, write_json
 from .folder import finish, info_of, locked, merge_rows, provenance, rows_so_far, same_files, status_of, write_rows
-from .job import Job
+from .job import Job, state_size
 from .profiling import record, watch
 from .progress import Progress
 from .sharing import is_shared
@@ -45,7 +46,7 @@ class Recorder(Watcher):
     ):
         self.job, self.folder, self.progress, self.spec = job, folder, progress, job.spec
         self.main, self.stop = job.accelerator.is_main_process, 0  # the signal that asks to stop
-        self.chunks = len(job.stream.plan)
+        self.chunks, self.answered = len(job.stream.plan), Answered(folder, 0, self.main)
 
     def save(self) -> None:
         state = training_state(self.job.trainer)
@@ -55,7 +56,7 @@ class Recorder(Watcher):
         if self.main and rows: write_rows(self.folder/"parts"/f"{chunk:04d}.{name}.parquet", rows)
 
     def asked_to_stop(self) -> bool:
-        "Whether any process of this run was; all of them stop at the same step, or those that go on would wait for ever."
+        "Whether any process of this run was; all of them stop at the same place, or those that go on would wait for ever."
         if self.job.accelerator.num_processes > 1:
             mine = torch.tensor([self.stop], device=self.job.accelerator.device)
             self.stop = int(self.job.accelerator.gather(mine).max())
@@ -64,9 +65,19 @@ class Recorder(Watcher):
     def pause(self) -> None:
         "Save and stop here."
         self.save()
+        raise self.interrupted()
+
+    def between(self) -> None:
+        "Between two batches of questions; the position is saved, or the beginning: write answers down now and then, stop here if asked to."
+        stop = self.asked_to_stop()
+        self.answered.keep(at_once=stop)
+        if stop: raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        "The error of a run that stops as it was asked to."
         stopped = Interrupted("interrupted and saved", where=self.folder, remedy=f"Go on with: strlora resume {self.folder}")
         stopped.signal = signal.Signals(self.stop)
-        raise stopped
+        return stopped
 
     def step_done(self, run: Trainer, row: dict[str, Any]) -> None:
         self.progress.step(row)
@@ -88,11 +99,13 @@ class Recorder(Watcher):
         self.save()
         last = run.chunk == len(self.job.seen.plan)
         after = self.chunks if last else run.chunk
+        self.answered = Answered(self.folder, after, self.main)
         rows = self.ask(after, last)
         self.part(run.chunk, "predictions", rows)
         self.part(run.chunk, "train", run.rows)
         every = self.spec.eval.routing_every
-        if every and (last or after % every == 0): self.part(run.chunk, "routing", self.job.route(after))
+        if every and (last or after % every == 0): self.part(run.chunk, "routing", self.job.route(after, self.between))
+        self.answered.drop()
         self.progress.chunk(run.chunk, run.rows, [r for r in rows if r["split"] == "proxy"])
 
     def chunk_done(self, run: Trainer) -> None:
@@ -101,17 +114,22 @@ class Recorder(Watcher):
 
     def floor(self) -> None:
         "What the model answers before it has seen anything: all there is for a method that does not train."
-        rows = self.job.ask("proxy", 0) if self.spec.eval.before or not self.job.trains else []
-        if self.spec.eval.full_every and not self.job.trains: rows += self.job.ask("full", 0)
+        rows = self.given("proxy", 0) if self.spec.eval.before or not self.job.trains else []
+        if self.spec.eval.full_every and not self.job.trains: rows += self.given("full", 0)
         self.part(0, "predictions", rows)
         if self.job.trains: self.save()
+        self.answered.drop()
 
     def ask(self, after: int, last: bool) -> list[dict[str, Any]]:
         "Proxies every so many chunks, full sets now and then; both after the last chunk if they are asked at all."
         e, rows = self.spec.eval, []
-        if last or after % e.every == 0: rows += self.job.ask("proxy", after)
-        if e.full_every and (last or after % e.full_every == 0): rows += self.job.ask("full", after)
+        if last or after % e.every == 0: rows += self.given("proxy", after)
+        if e.full_every and (last or after % e.full_every == 0): rows += self.given("full", after)
         return rows
+
+    def given(self, split: str, after: int) -> list[dict[str, Any]]:
+        "The answers to all questions of a split; those that an interrupted part of this run was given stand."
+        return self.job.ask(split, after, found=self.answered.of(split, self.job.questions(split)), after_batch=self.between)
 
 # %% ../nbs/14a_runs.ipynb #2302cea7
 @contextlib.contextmanager
@@ -122,7 +140,7 @@ def stopping(
     before: dict[int, Any] = {}
     def ask(number: int, frame: Any) -> None:
         recorder.stop = number
-        recorder.progress.say("stopping after this step; press Ctrl-C again to stop at once")
+        recorder.progress.say("stopping after this step or batch of questions; press Ctrl-C again to stop at once")
         signal.signal(number, before[number])
     with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
         for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, ask)
@@ -246,14 +264,6 @@ def peers(
                             remedy="Look for the first error of another process. Then go on with `strlora resume`.") from error
 
 
-def state_size(
-    job: Job,   # trained
-) -> int:       # numbers
-    "How much the parts of the method keep beside the weights."
-    trees = [part.state_dict() for part in job.trainer.parts.values()] if job.trains else []
-    return sum(tensor.numel() for tensor in checkpoint.pack(trees)[1].values())
-
-
 def note(
     folder: Path,               # of the run
     info: Mapping[str, Any],    # what does not change
@@ -278,6 +288,7 @@ def train(
     if not (fresh or known): progress.say("another number of processes than before: dropout draws other numbers from here on")
     recorder = Recorder(job, folder, progress)
     watch(job, recorder)
+    if recorder.main and not fresh and not job.trainer.trained: forget(folder)
     for remark in job.stream.source.get("remarks", []): progress.say(remark)
     try:
         with stopping(recorder):

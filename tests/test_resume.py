@@ -10,9 +10,10 @@ import time
 
 import pytest
 import torch
-from small import make_base, rows, short_spec, timeless
+from small import make_base, rows, session, short_spec, timeless
 
-from strlora import again, checkpoint, runs, trainer
+from strlora import again, checkpoint, evaluation, runs, trainer
+from strlora.answered import Answered
 from strlora.core import CheckpointError, SpecError, TrainingError, read_json, write_json
 from strlora.job import load_model
 
@@ -127,6 +128,109 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base, whole, tmp_path, monkeypatch):
     same(folder, whole[0])
     with pytest.raises(CheckpointError, match="finished"): runs.resume(folder)
     with pytest.raises(SpecError, match="finished"): runs.start(short_spec(base), folder)
+
+
+# --- while questions are answered -----------------------------------------------------------------------------------
+
+ASKS = ("eval.prompts=8", "full_every=2", "chunk_size=8", "stream.chunks=2")  # three batches a split, both splits at the end
+
+
+@pytest.fixture(scope="module")
+def asked(base, tmp_path_factory):
+    "An undisturbed run with several batches in every evaluation, and how many it asked."
+    with pytest.MonkeyPatch.context() as patch:
+        calls = watch(patch, "answers")
+        return runs.start(short_spec(base, *ASKS), tmp_path_factory.mktemp("asked")/"run"), len(calls)
+
+
+def watch(patch, name, at=0, act=None):
+    "Count the calls of a function of evaluation; before the one number `at`, act."
+    true, calls = getattr(evaluation, name), []
+    def watched(*args):
+        calls.append(1)
+        if len(calls) == at: act()
+        return true(*args)
+    patch.setattr(evaluation, name, watched)
+    return calls
+
+
+def press(): os.kill(os.getpid(), signal.SIGINT)
+
+
+def same_end(a, b):
+    same(a, b)
+    (mine, at), (theirs, there) = checkpoint.load(a/"checkpoint"), checkpoint.load(b/"checkpoint")
+    assert at["position"] == there["position"] and mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("name, at, position", [("answers", 2, None), ("answers", 12, (2, True)), ("routed", 2, (2, True))],
+                         ids=["before training", "at the last batch", "within the record of routing"])
+def test_ctrl_c_between_two_batches_of_questions(base, asked, tmp_path, monkeypatch, capsys, name, at, position):
+    "It stops there, and asks no question twice when it goes on."
+    calls, folder = watch(monkeypatch, "answers"), tmp_path/"run"
+    reached = watch(monkeypatch, name, at, press)
+    with pytest.raises(runs.Interrupted, match="saved.*strlora resume"): runs.start(short_spec(base, *ASKS), folder)
+    assert len(reached) == at and "after this step or batch of questions" in capsys.readouterr().err
+    assert runs.status_of(folder) == "interrupted" and len(list((folder/"parts").glob("*.answered.parquet"))) == 1
+    found = checkpoint.load(folder/"checkpoint")[1]["position"] if position else {"chunk": 1, "trained": False}
+    assert (found["chunk"], found["trained"]) == (position or (1, False)) and bool(position) == checkpoint.exists(folder/"checkpoint")
+    runs.resume(folder)
+    assert len(calls) == asked[1]
+    same_end(folder, asked[0])
+
+
+def test_a_second_ctrl_c_stops_within_a_batch(base, asked, tmp_path, monkeypatch):
+    calls, folder = watch(monkeypatch, "answers", 11, lambda: (press(), press())), tmp_path/"run"
+    with pytest.raises(KeyboardInterrupt): runs.start(short_spec(base, *ASKS), folder)
+    assert len(calls) == 11 and runs.status_of(folder) == "interrupted" and not list((folder/"parts").glob("*.answered.parquet"))
+    runs.resume(folder)
+    assert len(calls) == asked[1] + 5  # the evaluation of the second chunk from its start
+    same_end(folder, asked[0])
+
+
+def die_in_evaluation(base, folder, at):
+    "Die within a batch of questions, when those before it are written down."
+    Answered.every = 0
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, "answers", at, die)
+        runs.start(short_spec(base, *ASKS), folder)
+
+
+def test_killed_within_an_evaluation(base, asked, tmp_path, monkeypatch):
+    folder = tmp_path/"run"
+    assert child(die_in_evaluation, base, folder, 11) == -signal.SIGKILL
+    calls = watch(monkeypatch, "answers")
+    runs.resume(folder)
+    assert len(calls) == asked[1] - 10
+    same_end(folder, asked[0])
+
+
+@pytest.mark.slow
+def test_answers_of_a_chunk_that_is_trained_anew_are_forgotten(base, asked, tmp_path, monkeypatch):
+    "As after a folder was put together from parts of different age."
+    folder = tmp_path/"run"
+    true = runs.Recorder.step_done
+    monkeypatch.setattr(runs.Recorder, "step_done", lambda self, run, row: (run.total == 3 and press(), true(self, run, row)))
+    with pytest.raises(runs.Interrupted): runs.start(short_spec(base, *ASKS), folder)
+    monkeypatch.undo()
+    stale, questions = Answered(folder, 2), session(base, *ASKS).questions("proxy")
+    stale.of("proxy", questions)[0] = ["old"] * 8
+    stale.keep(at_once=True)
+    runs.resume(folder)
+    same_end(folder, asked[0])
+
+
+def test_eval_that_is_stopped_changes_nothing(asked, tmp_path, monkeypatch):
+    folder = shutil.copytree(asked[0], tmp_path/"run")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    watch(monkeypatch, "answers", 2, press)
+    with pytest.raises(KeyboardInterrupt): again.ask_again(folder, ["proxy"])
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    monkeypatch.undo()
+    again.ask_again(folder, ["proxy"])
+    key = lambda r: (r["after_chunk"], r["split"], r["sample_id"])
+    assert sorted(rows(folder), key=key) == sorted(rows(asked[0]), key=key)
 
 
 def refuses_another_spec(folder):

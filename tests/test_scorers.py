@@ -308,9 +308,10 @@ def test_evaluation_scores_by_the_rules_of_the_spec(monkeypatch):
     samples = [SimpleNamespace(task=t, id=f"{t}{i}", form="", instruction="?", answer=g, references=r) for t, i, g, r in (
         ("TextCaps", 0, GOLDS[0][0], tuple(GOLDS[0])), ("RS", 0, "0", ()), ("TextCaps", 1, GOLDS[1][0], tuple(GOLDS[1])))]
     said = {"TextCaps0": "A  red bus\n", "RS0": "10", "TextCaps1": "stop sign"}
-    monkeypatch.setattr(evaluation, "answers", lambda *_: ((s, said[s.id]) for s in samples))
+    monkeypatch.setattr(evaluation, "answers", lambda _, batches, *__: ((s, said[s.id]) for prompts in batches for s in prompts.samples))
+    batches = [evaluation.Prompts(tuple(some), dict, (9,) * len(some)) for some in (samples[:2], samples[2:])]
     for rules in RULES:
-        rows = evaluation.evaluate(None, [], None, 3, "proxy", rules=rules)
+        rows = evaluation.evaluate(None, batches, None, 3, "proxy", rules=rules)
         assert [r["task"] for r in rows] == ["RS", "TextCaps", "TextCaps"] and [r["task_version"] for r in rows] == [version_of("RS", rules)] * 3
         assert [r["score"] for r in rows] == score_rows(rows, rules) and rows[0]["score"] == (rules == "released") and rows[2]["score"] > 0
     assert [evaluation.limit_of(SimpleNamespace(task=t)) for t in ("TextCaps", "vqa")] == [100, TASKS["vqa"].max_new_tokens]
