@@ -207,10 +207,10 @@ def follow(
     before: Mapping[str, Any],  # run.json of an earlier part of this run, or nothing
 ) -> Path:                      # the folder
     "The run from where it stands to its end, and what is written about it."
-    started, job = time.monotonic() - before.get("seconds", 0), Job(spec)
+    started, job = time.monotonic() - before.get("seconds", 0), Job(spec, before.get("chat_template"))
     info = {**provenance(spec), "parameters": job.parameters, "extra_samples": job.extra_samples,
             "resumed": before.get("resumed", 0) + bool(before), "processes": job.accelerator.num_processes,
-            "shares": is_shared(job.model)}
+            "shares": is_shared(job.model), **({"chat_template": job.template} if job.template else {})}
     main = job.accelerator.is_main_process
     if before: same_files(folder, job.stream)
     if main: note(folder, info, "running", started)
@@ -276,7 +276,7 @@ def train(
     progress = Progress(sum(steps), job.trainer.total if job.trains else 0, len(plan), job.accelerator.is_main_process)
     if not (fresh or known): progress.say("another number of processes than before: dropout draws other numbers from here on")
     recorder = Recorder(job, folder, progress)
-    for remark in job.stream.source.get("remarks", []): progress.say(remark)
+    for remark in job.remarks(): progress.say(remark)
     try:
         with stopping(recorder):
             if fresh: recorder.floor()

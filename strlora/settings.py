@@ -35,6 +35,8 @@ class ModelConfig:
     "The frozen model that the stream adapts."
     base: str = sourced("mini", "ours: ships with the package",
                         "`mini`, a folder with an image-text-to-text model, or its name on the hub, org/name")
+    chat_template: str = sourced("", "ours: that of the checkpoint or, if it has none, of its family",
+                                 "file with a Jinja template of conversations that takes precedence; empty: none")
     dtype: Literal["float32", "bfloat16"] = sourced("float32", "ours: the numbers of the mini base (official: bfloat16)",
                                                     "kind of number of the frozen weights; what trains is float32")
     quantize: Literal["no", "4bit"] = sourced("no", "ours: frozen weights as they are (official: bfloat16)",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAG', 'check_sample', 'conversation', 'Frame', 'prompt_frame', 'tagged_frame', 'token_types', 'pad', 'Collator',
-           'frame_of', 'pieces', 'columns', 'labels']
+           'strings', 'frame_of', 'pieces', 'columns', 'labels']
 
 # %% ../../nbs/09a_collator.ipynb #a758ea18
 import dataclasses
@@ -181,6 +181,18 @@ class Collator:
         return pixels
 
 # %% ../../nbs/09a_collator.ipynb #5ef5cda3
+def strings(
+    collator: Collator,    # whose template and settings
+    images: int,           # number of images of the sample
+    texts: Sequence[str],  # instruction, and answer if it is not a prompt
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:  # the conversation; what the template writes round its texts
+    "The fixed strings of one kind of sample."
+    messages = conversation(images, texts, collator.system, collator.image_first)
+    places = [(i, j) for i, message in enumerate(messages) for j, part in enumerate(message["content"])
+              if message["role"] != "system" and part["type"] == "text"]
+    return messages, frame(lambda talk: collator.render([talk], len(texts) > 1)[0], messages, places)
+
+
 def frame_of(
     collator: Collator,  # whose template and settings
     images: int,         # number of images of the sample
@@ -189,10 +201,7 @@ def frame_of(
     "How the template writes one kind of sample."
     if (images, answers) in collator.frames: return collator.frames[images, answers]
     texts = ["text"] * (1 + answers)
-    messages = conversation(images, texts, collator.system, collator.image_first)
-    places = [(i, j) for i, message in enumerate(messages) for j, part in enumerate(message["content"])
-              if message["role"] != "system" and part["type"] == "text"]
-    fixed = frame(lambda talk: collator.render([talk], answers)[0], messages, places)
+    messages, fixed = strings(collator, images, texts)
     template = collator.processor.chat_template
     variables = collator.processor.tokenizer.special_tokens_map | collator.template_kwargs
     if not answers: found = Frame(fixed)
