@@ -64,7 +64,7 @@ def left_out(
     "How many training samples were left out, and why."
     if run.skipped is None: return []
     why = run.skipped["reason"].str.partition(":")[0].value_counts()
-    return [f"Left out of these samples, because their pictures could not be read: {len(run.skipped)} ("
+    return [f"Left out of these samples: {len(run.skipped)} ("
             + ", ".join(f"{html.escape(kind)}: {n}" for kind, n in why.items()) + ").", ""]
 
 

@@ -9,6 +9,7 @@ __all__ = ['model_type_of', 'absent', 'packed', 'load_model', 'wrap', 'with_full
 # %% ../nbs/14a_job.ipynb #3b135616
 import functools
 import importlib.util
+import math
 import os
 import random
 import re
@@ -227,6 +228,7 @@ class Job:
         self.ends = end_at(self.model, ends_of(self.collate))
         if self.trains and spec.train.gradient_checkpointing: checkpoint_activations(self.model)
         self.prepared: dict[tuple[str, int | None], list[Prompts]] = {}
+        self.longer: dict[str, int] = {}  # split → questions of more tokens than a training sample may have
         self.parameters = parameter_counts(self.model)
         self.extra_samples = samples_of(self.seen) - samples_of(self.stream) if self.method.memory else 0
         if self.trains:
@@ -248,6 +250,8 @@ class Job:
         most = self.spec.eval.max_new_tokens
         self.prepared[split, limit] = prepare(samples, self.collate, self.encode, self.spec.eval.prompts,
                                               (lambda sample: most) if most else limit_of)
+        longest = self.spec.train.max_length or math.inf
+        self.longer[split] = sum(n > longest for prompts in self.prepared[split, limit] for n in prompts.lengths)
         return self.prepared[split, limit]
 
     def decode(self, ids: list[list[int]]) -> list[str]:

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['Interrupted', 'Recorder', 'stopping', 'start', 'resume', 'unfinished', 'spec_in', 'where', 'drive', 'follow', 'peers',
-           'state_size', 'note', 'train']
+           'missing', 'state_size', 'note', 'train']
 
 # %% ../nbs/14a_runs.ipynb #e7c9c7ad
 import contextlib
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 from . import checkpoint
@@ -24,6 +26,7 @@ from .folder import finish, info_of, locked, merge_rows, provenance, rows_so_far
 from .job import Job
 from .progress import Progress
 from .sharing import is_shared
+from .sieve import named
 from .spec import EXECUTION, RunSpec, as_dict, resolve
 from .trainer import Trainer, Watcher, restore, training_state
 
@@ -79,7 +82,7 @@ class Recorder(Watcher):
         known, places = {row["sample_id"] for row in before}, {(row["chunk"], row["place"]) for row in before}
         for sample, row in {row["sample_id"]: row for row in rows}.items():
             if sample in known: continue
-            self.progress.say(f"left out: sample {sample} ({row['file']}, record {row['record']}), {row['reason']}")
+            self.progress.say(f"left out: sample {named(row)}")
         fresh = [row for row in rows if (row["chunk"], row["place"]) not in places]
         self.part(run.chunk, "skipped", [row for row in before if row["chunk"] == run.chunk] + fresh)
 
@@ -225,7 +228,7 @@ def follow(
         raise
     if main: finish(folder)
     if main and job.trains: write_card(folder)
-    if main: note(folder, {**info, "state": state_size(job)}, "finished", started)
+    if main: note(folder, {**info, "state": state_size(job), **missing(folder, job)}, "finished", started)
     job.accelerator.wait_for_everyone()
     return folder
 
@@ -243,6 +246,16 @@ def peers(
         raise TrainingError(expected=f"{job.accelerator.num_processes} processes that answer", found=str(error).split("\n")[0][:200],
                             where=f"{folder}, process {job.accelerator.process_index}",
                             remedy="Look for the first error of another process. Then go on with `strlora resume`.") from error
+
+
+def missing(
+    folder: Path,  # of a finished run
+    job: Job,      # of the run
+) -> dict[str, Any]:  # entries of run.json; none if there is nothing to say
+    "How many training samples were left out, by reason, and how many questions are longer than a training sample may be."
+    rows = pq.read_table(folder/"skipped.parquet").to_pylist() if (folder/"skipped.parquet").exists() else []
+    why = Counter(row["reason"].partition(":")[0] for row in rows)
+    return {**({"left_out": dict(why)} if why else {}), **({"longer_questions": job.longer} if any(job.longer.values()) else {})}
 
 
 def state_size(

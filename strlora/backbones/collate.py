@@ -25,6 +25,7 @@ from ..core import RecordError, SpecError
 def check_sample(
     sample: Any,           # a record with id, images, instruction, answer
     answers: bool = True,  # must it have an answer?
+    pixels: bool = True,   # False: of images in files only width and height
 ) -> list:                 # its images
     "The images of a sample; a `RecordError` that names the sample if something is missing."
     where, remedy = f"sample {sample.id!r}", "Complete the sample or leave it out of the stream."
@@ -33,6 +34,7 @@ def check_sample(
         text = getattr(sample, name)
         if not isinstance(text, str) or not text.strip():
             raise RecordError(expected=f"a text as {name}", found=repr(text), where=where, remedy=remedy)
+    if not pixels: return [i.measure() if hasattr(i, "measure") else i() if callable(i) else i for i in sample.images]
     return [image() if callable(image) else image for image in sample.images]
 
 
@@ -162,10 +164,11 @@ class Collator:
     ) -> dict[str, Tensor]:
         "A batch: every column `[b, t]`, and the pixels."
         if not samples: raise RecordError(expected="at least one sample", found="an empty batch", where="Collator")
-        images = [check_sample(sample, answers) for sample in samples]
+        pixels = pixels and self.images
+        images = [check_sample(sample, answers, pixels) for sample in samples]
         side = self.padding_side if answers else "left"
         batch = pad(columns(self, samples, images, answers), self.processor.tokenizer.pad_token_id, side)
-        return batch | self.pixels(images) if self.images and pixels else batch
+        return batch | self.pixels(images) if pixels else batch
 
     def render(self, conversations: list, answers: bool) -> list[str]:
         "Conversations through the chat template."
