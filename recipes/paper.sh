@@ -3,8 +3,9 @@
 # Needs the weights under models/BACKBONE. Written by tools/make_paper_recipe.py.
 # GPUS=8 takes more GPUs; a step keeps its 32 samples whatever their number, which must divide train.accumulation.
 # CONFIG=recipes/fsdp2.yaml shares the frozen weights among smaller GPUs, MEMORY=40 says how many GB each has.
-# Memory and hours are estimates for 4 GPUs of 80 GB and the largest pictures, without evaluation, of
+# Memory and hours of training are estimates for 4 GPUs of 80 GB and the largest pictures, of
 #     strlora plan experiments/paper/internvl3_5_8b/METHOD.toml --gpus 4x80 --strategy ddp
+# Hours of evaluation depend on the files; the plan that is printed before each run counts their questions.
 # Finished runs are kept, interrupted ones resume. A method that fails is named at the end; the others go on.
 set -euo pipefail
 trap 'exit 130' INT

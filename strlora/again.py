@@ -46,7 +46,7 @@ def asked(
     stores: bool,                # put the answers into the run
 ) -> dict[str, dict[str, float]]:  # split → task → score in points of 100, the same on every process
     "Ask, and let the first process write."
-    job = Job(spec_in(folder, info, changes))
+    job = Job(spec_in(folder, info, changes), info.get("chat_template"))
     same_files(folder, job.stream)
     if job.trains: load_adapter_state(job.model, checkpoint.load(folder/"checkpoint", info["spec"], EXECUTION)[0], folder)
     after = len(job.stream.plan) if job.trains else 0

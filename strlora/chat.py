@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from . import checkpoint
 from .backbones.collate import Collator
+from .backbones.template import end_at, ends_of, with_template
 from .checkpoint import load_adapter_state
 from .core import RecordError, SpecError
 from .data.records import Sample
@@ -38,10 +39,12 @@ class Speaker:
         folder, info = Path(folder), info_of(folder)
         spec = spec_in(folder, info)
         base, processor = load_model(spec.model.base, spec.model.dtype, spec.model.quantize, device)
+        with_template(processor, base.config.model_type, spec.model.chat_template, info.get("chat_template"))
         self.model = wrap(base if spec.model.quantize == "4bit" else base.to(device), spec).eval()
         if hasattr(self.model, "peft_config"):
             load_adapter_state(self.model, checkpoint.load(folder/"checkpoint", info["spec"], EXECUTION)[0], folder)
         self.collate, self.tokenizer, self.device = Collator(processor), processor.tokenizer, device
+        end_at(self.model, ends_of(self.collate))
 
     @torch.no_grad()
     def answer(

@@ -93,8 +93,9 @@ def do_run(args: argparse.Namespace) -> int:
     from strlora.folder import folder_of, replacing, same_run, status_of
     from strlora.profiling import profiled
     folder = Path(args.out) if args.out else folder_of(spec, published)
-    status = status_of(folder)
     build(spec)
+    _put_right(folder)
+    status = status_of(folder)
     if args.again and status != "absent":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise SpecError(expected="--out DIR or a new folder, with several processes", found="--again", where=folder,
@@ -127,11 +128,19 @@ def do_resume(args: argparse.Namespace) -> int:
     from strlora.spec import EXECUTION
     threads = [f"train.threads={args.threads}"] if args.threads is not None else []
     changes = only(args.set + threads, EXECUTION, "A resumed run must end as if it had never stopped; start another for other settings.")
-    if not args.dry_run: return show_run(runs.resume(args.run, changes), args.json)
+    if not args.dry_run:
+        _put_right(Path(args.run))
+        return show_run(runs.resume(args.run, changes), args.json)
     found = runs.where(args.run, changes)
     if args.json: print(json.dumps(found, indent=1))
     else: print("\n".join(f"{name:<10} {value}" for name, value in found.items()))
     return 0
+
+
+def _put_right(folder: Path) -> None:
+    "Say what became of a run that an interrupted `--again` had moved aside."
+    from strlora.folder import put_right
+    if done := put_right(folder, int(os.environ.get("WORLD_SIZE", "1")) > 1): print(done, file=sys.stderr)
 
 
 def _quiet() -> None:

@@ -29,6 +29,7 @@ class Prompts:
     samples: tuple[Any, ...]      # as many as rows
     make: Callable[[], dict[str, Tensor]]  # the batch, left-padded; `features` in place of pixels where they were encoded before
     limits: tuple[int, ...]       # new tokens that each answer may take
+    lengths: tuple[int, ...]      # tokens of each prompt
 
     @property
     def batch(self) -> dict[str, Tensor]:
@@ -61,7 +62,8 @@ def prepare(
         kept = take(batch, rows, max(lengths[i] for i in rows))
         return lambda: kept
 
-    return [Prompts(tuple(samples[i] for i in rows), maker(rows), tuple(limits[i] for i in rows)) for rows in parts]
+    return [Prompts(tuple(samples[i] for i in rows), maker(rows), tuple(limits[i] for i in rows), tuple(lengths[i] for i in rows))
+            for rows in parts]
 
 
 def lengths_of(
@@ -69,7 +71,7 @@ def lengths_of(
     collate: Callable[..., dict[str, Tensor]],  # collator
     few: int = 8,                               # whose pictures are in memory together
 ) -> list[int]:                                 # tokens of each prompt
-    "How long prompts are; their pictures are opened for their sizes, and forgotten."
+    "How long prompts are; of pictures in files only the heads are read, others are made and forgotten."
     groups = [samples[i:i + few] for i in range(0, len(samples), few)]
     return [n for group in groups for n in collate(group, answers=False, pixels=False)["attention_mask"].sum(1).tolist()]
 

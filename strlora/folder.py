@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'installed', 'hardware', 'provenance',
-           'parameter_counts', 'write_rows', 'rows_so_far', 'merge_rows', 'finish', 'info_of', 'status_of', 'completed',
-           'same_run', 'same_files', 'locked', 'replacing']
+           'parameter_counts', 'write_rows', 'rows_so_far', 'merge_rows', 'finish', 'missing', 'info_of', 'status_of',
+           'completed', 'same_run', 'same_files', 'locked', 'aside', 'check_own', 'put_right', 'replacing']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
 import contextlib
@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -139,6 +140,16 @@ def finish(
     os.replace(folder/"parts", folder/".parts.done")  # never half deleted under its own name
     shutil.rmtree(folder/".parts.done")
 
+
+def missing(
+    folder: str | Path,          # of a finished run
+    longer: Mapping[str, int],   # split → questions that are longer than a training sample may be
+) -> dict[str, Any]:             # entries of run.json; none if there is nothing to say
+    "How many training samples were left out, by reason, and how many questions are longer than they may be."
+    file = Path(folder)/"skipped.parquet"
+    why = Counter(row["reason"].partition(":")[0] for row in pq.read_table(file).to_pylist()) if file.exists() else {}
+    return {**({"left_out": dict(why)} if why else {}), **({"longer_questions": dict(longer)} if any(longer.values()) else {})}
+
 # %% ../nbs/14a_folder.ipynb #1dccd4a4
 def info_of(
     folder: str | Path,   # of a run
@@ -212,20 +223,51 @@ def locked(
         lock.release()
 
 
-@contextlib.contextmanager
-def replacing(
-    folder: Path,  # of a run
-) -> Iterator[None]:
-    "Move a run aside; it is removed once the block has begun another, and comes back if the block fails before."
-    with locked(folder): "Nobody is writing here."
+def aside(folder: Path) -> Path:
+    "Where the run in a folder is while another is begun there."
+    return folder.with_name(f".{folder.name}.before")
+
+
+def check_own(
+    folder: Path,  # of a run, or of the beginning of one
+) -> None:
+    "A `SpecError` if there are other files in it, which must not be removed."
     known = {"run.json", "stream.json", "checkpoint", "parts", ".parts.done"}
     foreign = [p.name for p in folder.iterdir() if p.name not in known and p.suffix not in (".parquet", ".png")
                and ".checkpoint." not in p.name]
     if foreign:
         raise SpecError(expected="nothing but a run", found=foreign[0], where=folder,
                         remedy="Move it elsewhere, or choose another folder with --out.")
-    old = folder.with_name(f".{folder.name}.before")
-    if old.exists(): shutil.rmtree(old)
+
+
+def put_right(
+    folder: Path,            # of a run
+    several: bool = False,   # do other processes look at it now? Then nothing is moved under them
+) -> str:                    # what was done; empty: there was nothing to do
+    "Where `replacing` was killed: the run that was moved aside comes back, unless another had begun in its place."
+    old = aside(folder)
+    if not old.exists(): return ""
+    if several:
+        raise SpecError(expected="no remains of an interrupted --again", found=f"{old.name} beside it", where=folder,
+                        remedy="`strlora run` with a single process puts it right. Or remove one of the two by hand.")
+    with locked(folder):
+        if (folder/"run.json").exists():
+            shutil.rmtree(old)
+            return f"removed what an interrupted --again had replaced: {old}"
+        if folder.exists(): check_own(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(old, folder)
+    return f"put back the run that an interrupted --again had moved aside: {folder}"
+
+
+@contextlib.contextmanager
+def replacing(
+    folder: Path,  # of a run
+) -> Iterator[None]:
+    "Move a run aside; it is removed once the block has begun another, and comes back if the block fails before."
+    with locked(folder): "Nobody is writing here."
+    check_own(folder)
+    old = aside(folder)
     os.replace(folder, old)
     try: yield
     finally:

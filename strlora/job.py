@@ -10,10 +10,11 @@ __all__ = ['model_type_of', 'absent', 'packed', 'load_model', 'wrap', 'with_full
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,10 @@ class Job:
     def __init__(
         self,
         spec: RunSpec,  # resolved
+        template: Mapping[str, str] | None = None,  # chat template that the run began with, if it was given one
     ):
         from strlora.backbones.collate import Collator
+        from strlora.backbones.template import end_at, ends_of, with_template
         if spec.train.threads: torch.set_num_threads(spec.train.threads)
         set_seed(spec.seed)
         self.spec, self.method = spec, METHODS[spec.method]
@@ -219,18 +222,28 @@ class Job:
         if self.trains: check_processes(spec.train.batch_size, spec.train.accumulation, self.accelerator.num_processes)
         device = self.accelerator.device
         base, self.processor = load_model(spec.model.base, spec.model.dtype, spec.model.quantize, device)
+        self.template = with_template(self.processor, base.config.model_type, spec.model.chat_template, template)
         self.model = wrap(base if shares or spec.model.quantize == "4bit" else base.to(device), spec)
         if shares: share_out(self.model, device, self.accelerator.num_processes)  # block by block: the whole may not fit
         if shares: self.model.to(device)
         self.encode = image_encoder(self.model, spec)
         self.collate = Collator(self.processor, images=self.encode is None)
+        self.ends = end_at(self.model, ends_of(self.collate))
         if self.trains and spec.train.gradient_checkpointing: checkpoint_activations(self.model)
         self.prepared: dict[tuple[str, int | None], list[Prompts]] = {}
+        self.longer: dict[str, int] = {}  # split → questions of more tokens than a training sample may have
         self.parameters = parameter_counts(self.model)
         self.extra_samples = samples_of(self.seen) - samples_of(self.stream) if self.method.memory else 0
         if self.trains:
             self.trainer = Trainer(self.model, self.collate, spec.train, self.method.parts(spec.settings), spec.seed,
                                    self.encode, self.accelerator, spec.stream.bad_images == "skip")
+
+    def remarks(self) -> list[str]:
+        "What is said when a run begins or goes on."
+        found = list(self.stream.source.get("remarks", []))
+        if self.template: found.append(f"chat template: that of {self.template['source']}, written down in run.json")
+        if self.ends: found.append(f"answers also end at {' '.join(self.processor.tokenizer.convert_ids_to_tokens(self.ends))}")
+        return found
 
     def questions(self, split: str, limit: int | None = None) -> list[Prompts]:
         "The test prompts of a split, at most `limit` of a task, prepared once."
@@ -240,6 +253,8 @@ class Job:
         most = self.spec.eval.max_new_tokens
         self.prepared[split, limit] = prepare(samples, self.collate, self.encode, self.spec.eval.prompts,
                                               (lambda sample: most) if most else limit_of)
+        longest = self.spec.train.max_length or math.inf
+        self.longer[split] = sum(n > longest for prompts in self.prepared[split, limit] for n in prompts.lengths)
         return self.prepared[split, limit]
 
     def decode(self, ids: list[list[int]]) -> list[str]:

@@ -48,7 +48,9 @@ def table(
     lines += ["", _verdict(run, split)]
     if official is not None: lines += [f"{OFFICIAL} {official.iloc[-1]:.1f}"]
     lines += ["* trained in this chunk   · not yet seen"]
-    if run.skipped is not None: lines += [f"{len(run.skipped)} training samples left out, their images could not be read: skipped.parquet"]
+    if run.skipped is not None:
+        why = run.skipped["reason"].str.partition(":")[0].value_counts()
+        lines += [f"{len(run.skipped)} training samples left out ({', '.join(f'{kind}: {n}' for kind, n in why.items())}): skipped.parquet"]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -62,6 +62,8 @@ def add_plan(
     p.add_argument("--tokens", type=int, metavar="N", help="tokens of a sample (default: those of the largest picture)")
     p.add_argument("--peak", type=float, default=989.0, metavar="TFLOPS", help="of a GPU (default: 989, H100 SXM, bf16, dense)")
     p.add_argument("--mfu", type=float, default=0.35, metavar="SHARE", help="of the peak that training reaches (default: 0.35)")
+    p.add_argument("--bandwidth", type=float, default=3.35, metavar="TB/S", help="of a GPU's memory (default: 3.35, H100 SXM)")
+    p.add_argument("--mbu", type=float, default=0.2, metavar="SHARE", help="of the bandwidth that generation reaches (default: 0.2)")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
     p.set_defaults(seed=None, threads=None, limit=None, data=None, images=None)
 

@@ -21,11 +21,12 @@ from . import checkpoint
 from .answered import Answered, forget
 from .card import write_card
 from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_json, write_json
-from .folder import finish, info_of, locked, merge_rows, provenance, rows_so_far, same_files, status_of, write_rows
+from .folder import finish, info_of, locked, merge_rows, missing, provenance, rows_so_far, same_files, status_of, write_rows
 from .job import Job, state_size
 from .profiling import record, watch
 from .progress import Progress
 from .sharing import is_shared
+from .sieve import named
 from .spec import EXECUTION, RunSpec, as_dict, resolve
 from .trainer import Trainer, Watcher, restore, training_state
 
@@ -91,7 +92,7 @@ class Recorder(Watcher):
         known, places = {row["sample_id"] for row in before}, {(row["chunk"], row["place"]) for row in before}
         for sample, row in {row["sample_id"]: row for row in rows}.items():
             if sample in known: continue
-            self.progress.say(f"left out: sample {sample} ({row['file']}, record {row['record']}), {row['reason']}")
+            self.progress.say(f"left out: sample {named(row)}")
         fresh = [row for row in rows if (row["chunk"], row["place"]) not in places]
         self.part(run.chunk, "skipped", [row for row in before if row["chunk"] == run.chunk] + fresh)
 
@@ -226,10 +227,10 @@ def follow(
     before: Mapping[str, Any],  # run.json of an earlier part of this run, or nothing
 ) -> Path:                      # the folder
     "The run from where it stands to its end, and what is written about it."
-    started, job = time.monotonic() - before.get("seconds", 0), Job(spec)
+    started, job = time.monotonic() - before.get("seconds", 0), Job(spec, before.get("chat_template"))
     info = {**provenance(spec), "parameters": job.parameters, "extra_samples": job.extra_samples,
             "resumed": before.get("resumed", 0) + bool(before), "processes": job.accelerator.num_processes,
-            "shares": is_shared(job.model)}
+            "shares": is_shared(job.model), **({"chat_template": job.template} if job.template else {})}
     main = job.accelerator.is_main_process
     if before: same_files(folder, job.stream)
     if main: note(folder, info, "running", started)
@@ -244,7 +245,7 @@ def follow(
         raise
     if main: finish(folder)
     if main and job.trains: write_card(folder)
-    if main: note(folder, {**info, "state": state_size(job), **record()}, "finished", started)
+    if main: note(folder, {**info, "state": state_size(job), **missing(folder, job.longer), **record()}, "finished", started)
     job.accelerator.wait_for_everyone()
     return folder
 
@@ -289,7 +290,7 @@ def train(
     recorder = Recorder(job, folder, progress)
     watch(job, recorder)
     if recorder.main and not fresh and not job.trainer.trained: forget(folder)
-    for remark in job.stream.source.get("remarks", []): progress.say(remark)
+    for remark in job.remarks(): progress.say(remark)
     try:
         with stopping(recorder):
             if fresh: recorder.floor()

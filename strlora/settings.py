@@ -35,6 +35,8 @@ class ModelConfig:
     "The frozen model that the stream adapts."
     base: str = sourced("mini", "ours: ships with the package",
                         "`mini`, a folder with an image-text-to-text model, or its name on the hub, org/name")
+    chat_template: str = sourced("", "ours: that of the checkpoint or, if it has none, of its family",
+                                 "file with a Jinja template of conversations that takes precedence; empty: none")
     dtype: Literal["float32", "bfloat16"] = sourced("float32", "ours: the numbers of the mini base (official: bfloat16)",
                                                     "kind of number of the frozen weights; what trains is float32")
     quantize: Literal["no", "4bit"] = sourced("no", "ours: frozen weights as they are (official: bfloat16)",
@@ -57,6 +59,8 @@ class TrainConfig:
                               "samples of a forward pass")
     accumulation: int = sourced(1, "ours (official: 4 on each of 4 GPUs)",
                                 "forward passes of an optimizer step, of all processes together; their number must divide it")
+    max_length: int = sourced(0, "ours: no limit (official scripts: 4096)",
+                              "most tokens of a training sample with its images; longer ones are left out, named and counted; 0: no limit")
     betas: tuple[float, float] = sourced((0.9, 0.95), "official scripts", "AdamW's decay of both moments")
     weight_decay: float = sourced(0.1, "official scripts", "AdamW's weight decay")
     clip: float = sourced(1.0, "official scripts", "largest norm of the whole gradient; 0: no clipping")

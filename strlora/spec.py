@@ -89,7 +89,7 @@ def flat(
 POSITIVE = {"stream": ("chunks", "chunk_size", "test_size", "proxy_size"), "train": ("batch_size", "accumulation"),
             "eval": ("every", "prompts")}
 NOT_NEGATIVE = {"train": ("lr", "lr_later", "warmup", "weight_decay", "clip", "projector_lr", "threads",
-                          "workers", "grad_norm_every", "save_every"),
+                          "workers", "max_length", "grad_norm_every", "save_every"),
                 "eval": ("full_every", "routing_every", "max_new_tokens")}
 
 

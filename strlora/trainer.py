@@ -26,7 +26,7 @@ from .methods.base import Part
 from .objective import Objective, answer_loss, with_features
 from .schedule import course, peak
 from .sharing import is_shared, leave_shares, shares_asked
-from .sieve import sift
+from .sieve import looks_of, sift
 from .spec import TrainConfig
 from .tuner.root import instruction_of
 from .workers import ahead
@@ -120,7 +120,7 @@ class Trainer:
 
     def train_chunk(self, chunk: Any, watcher: Watcher) -> None:
         "Take every step of a chunk that is not yet done."
-        out = sift(chunk, self.accelerator, self.config.workers) if self.skip else {}
+        out = sift(chunk, self.accelerator, looks_of(self.skip, self.collate, self.config.max_length), self.config.workers)
         if out: watcher.left_out(self, list(out.values()))
         steps = self.batches(chunk, out)
         self.samples = [s for i, s in enumerate(chunk.samples) if i not in out] if out else chunk.samples

@@ -10,7 +10,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
-from strlora.backbones.processor import INTERNVL_TEMPLATE, toy_processor, toy_tokenizer
+from strlora.backbones.processor import toy_processor, toy_tokenizer
+from strlora.backbones.table import INTERNVL_TEMPLATE
 
 PARTS = ("{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
          "{% if part.type == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}")

@@ -75,7 +75,7 @@ def test_samples_are_left_out_by_name_and_the_rest_stays(copy, base, tmp_path, m
     shown = report.load_run(tmp_path/"whole")
     assert "5 training samples left out" in report.table(shown) and '"skipped": 5' in report.summary_json(shown)
     card = (tmp_path/"whole"/"checkpoint"/"README.md").read_text()
-    assert re.search(r"^Left out of these samples, because their pictures could not be read: 5 \(", card, re.M), card
+    assert re.search(r"^Left out of these samples: 5 \(", card, re.M), card
 
     true = runs.Recorder.step_done
     def press(self, run, row):

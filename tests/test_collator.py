@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from strlora.backbones.chat import MARK, control_tokens, current_turn, frame
 from strlora.backbones.chat_mask import instruction_mask, tokenize, tokens_html, tokens_of
 from strlora.backbones.collate import Collator, conversation
-from strlora.backbones.processor import INTERNVL_TEMPLATE, TOY_TOKENS, toy_tokenizer
+from strlora.backbones.processor import TOY_TOKENS, toy_tokenizer
+from strlora.backbones.table import INTERNVL_TEMPLATE
 from strlora.core import RecordError, SignalError, SpecError
 
 QUESTION = "what colour is the car? answer with a single word."

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, InternVLConfig
 
 from strlora.backbones import shards as module
 from strlora.backbones.convert import IMAGES, convert
-from strlora.backbones.processor import INTERNVL_TEMPLATE, InternVLImageProcessor, toy_tokenizer
+from strlora.backbones.processor import InternVLImageProcessor, toy_tokenizer
+from strlora.backbones.table import INTERNVL_TEMPLATE
 from strlora.core import CheckpointError, SpecError
 
 VOCAB = 320

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 from small import SHORT, make_base
@@ -71,6 +72,34 @@ def test_a_run_is_replaced_once_another_has_begun(tmp_path):
         run_file(run, seed=3)
         raise KeyboardInterrupt
     assert folder.info_of(run)["spec"]["seed"] == 3, "the new one has begun and can be resumed"
+
+
+def test_what_a_killed_replacement_left_is_put_right(tmp_path, monkeypatch):
+    "The run comes back, also from beside the beginning of another; it goes once another has begun; strangers stay."
+    run, old = tmp_path/"run", tmp_path/".run.before"
+    assert folder.put_right(run) == ""
+    for beginning in (False, True):
+        run_file(old, seed=1)
+        if beginning: (run/"parts").mkdir(parents=True)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        code, _, err = said("run", "--method", "lora", "--out", run)
+        assert code == 2 and ".run.before beside it" in err and old.exists()
+        monkeypatch.delenv("WORLD_SIZE")
+        code, out, err = said("run", "--method", "lora", "--out", run)
+        assert code == 2 and err.startswith("put back the run") and "a run of another spec" in err, err
+        assert folder.info_of(run)["spec"]["seed"] == 1 and [p.name for p in tmp_path.iterdir()] == ["run"]
+        shutil.rmtree(run)
+    run_file(old, seed=1)
+    run_file(run, seed=2)
+    code, _, err = said("resume", run)
+    assert code == 2 and err.startswith("removed what an interrupted --again had replaced") and "is finished" in err
+    assert folder.info_of(run)["spec"]["seed"] == 2 and not old.exists()
+    shutil.rmtree(run)
+    run_file(old, seed=1)
+    run.mkdir()
+    (run/"notes.txt").write_text("mine")
+    with pytest.raises(SpecError, match="notes.txt"): folder.put_right(run)
+    assert (run/"notes.txt").exists() and old.exists()
 
 
 def test_files_of_others_are_not_removed(tmp_path):

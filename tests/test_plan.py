@@ -1,4 +1,5 @@
 "Plans: what they count and what they estimate, what cannot fit, how runs are launched."
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -6,15 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from small import make_base, session, short_spec
+from small import make_base, rows, session, short_spec
 from test_cli import said
 
+from strlora import runs
 from strlora.core import SpecError
-from strlora.plan import STRATEGIES, Setup, chunks_of, gpus_of, memory, state_bytes, tokens_of
+from strlora.data.mini.export import export_mini
+from strlora.data.rules import KNOWN
+from strlora.duration import Setup, asking_of, chunks_of, gpus_of, looks_at, questions_of, tokens_of
+from strlora.plan import STRATEGIES, memory, state_bytes
 from strlora.schedule import check_processes
 from strlora.sizes import known, sizes
 from strlora.spec import load, resolve
@@ -82,7 +88,8 @@ def test_samples_of_a_stream():
 
 @pytest.mark.parametrize("words, code, found", [
     (["--gpus", "4x80"], 0, "in all"), (["--gpus", "1x0.01"], 1, "expected at most 0.01 GB"), (["--gpus", "fourx80"], 2, "for example 4x80"),
-    (["--gpus", "3x80"], 2, "divides train.accumulation"), (["--mfu", "0"], 2, "--mfu"), (["--set", "model.base=nowhere"], 2, "model.base"),
+    (["--gpus", "3x80"], 2, "divides train.accumulation"), (["--mfu", "0"], 2, "--mfu"), (["--set", "model.base=nowhere"], 2, "Correct the path"),
+    (["--set", "model.base=org/unheard_of"], 2, "hf download org/unheard_of config.json --local-dir models/unheard_of"), (["--mbu", "0"], 2, "--mbu"),
     (["--method", "lroa"], 2, "'lora'"), (["--method", "zero_shot"], 0, "no training"),
 ])
 def test_the_command(words, code, found):
@@ -97,6 +104,43 @@ def test_the_plan_as_json():
     plan = json.loads(out)
     assert code == 0 and plan["estimate"] and plan["fits"] and plan["course"]["passes_a_gpu"] == 2
     assert plan["memory_total"] == pytest.approx(sum(plan["memory"].values()))
+
+
+@pytest.mark.parametrize("pairs", [["eval.before=false", "eval.full_every=2"], ["eval.every=2"], ["method=joint", "eval.every=2", "eval.full_every=1"],
+                                   ["method=zero_shot", "eval.full_every=3"]], ids=" ".join)
+def test_a_run_asks_what_the_plan_says(base, tmp_path, pairs):
+    spec = short_spec(base, "method=lora", "test_size=3", *pairs) if not any("method" in p for p in pairs) else short_spec(base, "test_size=3", *pairs)
+    runs.start(spec, tmp_path/"run")
+    found = Counter((r["split"], r["after_chunk"]) for r in rows(tmp_path/"run"))
+    looks, (questions, counted) = looks_at(spec), questions_of(spec)
+    assert counted and {split: sum(s == split for s, _ in found) for split in looks} == looks
+    assert all(n == sum(questions[split].values()) for (split, _), n in found.items())
+    s = sizes(spec, torch.float32)
+    plan = asking_of(s, spec, Setup(1, 80, "ddp", tokens_of(s), 4, False))
+    assert plan["asked"] == sum(found.values()) and plan["hours"] > 0
+    assert plan["new_tokens"] == sum(KNOWN[r["task"]].max_new_tokens for r in rows(tmp_path/"run"))
+
+
+def test_questions_are_counted_where_the_files_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_mini(tmp_path/"mini", chunks=2, chunk_size=4, test_size=3, proxy_size=2)
+    words = ["plan", "--set", "accumulation=4", "--set", "stream.data=mini", "--json"]
+    plan = json.loads(said(*words)[1])
+    assert plan["asking"]["counted"] and plan["asking"]["questions"] == {"full": 33, "proxy": 22} and plan["asking"]["asked"] == 3 * 22
+    absent = said("plan", "--set", "accumulation=4", "--set", "stream.data=absent")[1]
+    assert "absent is not there to be counted" in absent and "440 questions of the proxies 26 times" in absent
+    assert plan["hours"] == plan["asking"]["hours"] + plan["course"]["hours"]
+
+
+def test_the_defaults_of_the_command_are_those_of_the_setup():
+    g = json.loads(said("plan", "--set", "accumulation=4", "--json")[1])["setup"]
+    assert all(g[f.name] == f.default for f in dataclasses.fields(Setup) if f.name in ("peak", "mfu", "bandwidth", "mbu"))
+
+
+def test_a_folder_that_would_need_code_is_refused(tmp_path):
+    (tmp_path/"config.json").write_text('{"model_type": "internvl_chat"}')
+    code, _, err = said("plan", "--set", f"model.base={str(tmp_path)!r}", "--set", "accumulation=4")
+    assert code == 2 and "strlora convert" in err
 
 
 def test_sizes_of_gpus():

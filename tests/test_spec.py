@@ -48,7 +48,7 @@ def test_paper_specs_follow_the_released_protocol(path):
         if " = " in text and not text.startswith(("#", "method")): assert text.partition("  # ")[2], f"no source: {text}"
     if spec.method == "zero_shot": return
     train = spec.train
-    assert train.batch_size * train.accumulation == 32 and train.accumulation % 4 == 0 and train.gradient_checkpointing
+    assert train.batch_size * train.accumulation == 32 and train.accumulation % 4 == 0 and train.gradient_checkpointing and train.max_length == 4096
     assert (train.schedule, train.schedule_later, train.warmup, train.optimizer_state) == ("cosine", "constant", 0.05, "restart")
     assert (train.betas, train.weight_decay, train.clip, train.projector_lr) == ((0.9, 0.95), 0.1, 1.0, 1e-5)
     assert (spec.settings.r, spec.settings.lora_alpha, spec.settings.lora_dropout) == (64, 128.0, 0.05)

@@ -5,7 +5,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_paper_specs import FOLDER, METHODS
 
-from strlora.plan import Setup, planned, tokens_of
+from strlora.duration import Setup, tokens_of
+from strlora.plan import planned
 from strlora.sizes import sizes
 from strlora.spec import load, resolve
 
@@ -19,8 +20,9 @@ HEAD = """#!/usr/bin/env bash
 # Needs the weights under models/BACKBONE. Written by tools/make_paper_recipe.py.
 # GPUS=8 takes more GPUs; a step keeps its 32 samples whatever their number, which must divide train.accumulation.
 # CONFIG=recipes/fsdp2.yaml shares the frozen weights among smaller GPUs, MEMORY=40 says how many GB each has.
-# Memory and hours are estimates for {gpus} GPUs of {memory:g} GB and the largest pictures, without evaluation, of
+# Memory and hours of training are estimates for {gpus} GPUs of {memory:g} GB and the largest pictures, of
 #     strlora plan experiments/paper/{backbone}/METHOD.toml --gpus {gpus}x{memory:g} --strategy ddp
+# Hours of evaluation depend on the files; the plan that is printed before each run counts their questions.
 # Finished runs are kept, interrupted ones resume. A method that fails is named at the end; the others go on.
 set -euo pipefail
 trap 'exit 130' INT
@@ -56,7 +58,7 @@ def remark(method: str) -> str:
     "What the plan says of one method."
     spec = resolve(load(FOLDER / BACKBONE / f"{method}.toml"))
     s = sizes(spec)
-    setup = Setup(GPUS, MEMORY, "ddp", tokens_of(s), spec.train.batch_size, spec.train.gradient_checkpointing)
+    setup = Setup(GPUS, MEMORY, "ddp", tokens_of(s, spec.train.max_length), spec.train.batch_size, spec.train.gradient_checkpointing)
     plan = planned(spec, s, setup)
     steps = plan["course"]["steps"]
     course = f"{steps} steps, {plan['course']['hours']:.1f} h" if steps else "no training"

@@ -35,6 +35,7 @@ TRAINED = {
     "train.batch_size": (2, "official scripts"),
     "train.accumulation": (16, "official scripts: 4 on each of 4 GPUs; 32 samples a step"),
     "train.gradient_checkpointing": (True, "official scripts"),
+    "train.max_length": (4096, "official scripts, where another sample takes the place of a longer one"),
     "train.workers": (4, "ours: some cores for each GPU, which would wait for pictures to be decoded and cut into tiles"),
     "train.grad_norm_every": (63, "ours: once a chunk, 63 steps of 32 samples"),
     "settings.lora_dropout": (0.05, "official scripts: the framework's default"),

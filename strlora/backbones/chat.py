@@ -10,6 +10,7 @@ __all__ = ['MARK', 'with_text', 'text_at', 'current_turn', 'frame', 'fill', 'che
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from ..core import SignalError
@@ -143,11 +144,13 @@ class ImageTokens:
 
     def __call__(
         self,
-        image: Any,  # PIL image, array or tensor
+        image: Any,  # PIL image, array, tensor, or width and height alone
     ) -> str:
         "The expansion of one image."
-        size = image.size if isinstance(getattr(image, "size", None), tuple) else tuple(image.shape)
-        if size not in self.known: self.known[size] = self.process([[image]])[1][0]
+        if isinstance(image, tuple): size = image
+        else: size = image.size if isinstance(getattr(image, "size", None), tuple) else tuple(image.shape)
+        if size not in self.known:
+            self.known[size] = self.process([[Image.new("RGB", image) if isinstance(image, tuple) else image]])[1][0]
         return self.known[size]
 
     def process(

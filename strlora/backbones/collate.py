@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAG', 'check_sample', 'conversation', 'Frame', 'prompt_frame', 'tagged_frame', 'token_types', 'pad', 'Collator',
-           'frame_of', 'pieces', 'columns', 'labels']
+           'strings', 'frame_of', 'pieces', 'columns', 'labels']
 
 # %% ../../nbs/09a_collator.ipynb #a758ea18
 import dataclasses
@@ -25,6 +25,7 @@ from ..core import RecordError, SpecError
 def check_sample(
     sample: Any,           # a record with id, images, instruction, answer
     answers: bool = True,  # must it have an answer?
+    pixels: bool = True,   # False: of images in files only width and height
 ) -> list:                 # its images
     "The images of a sample; a `RecordError` that names the sample if something is missing."
     where, remedy = f"sample {sample.id!r}", "Complete the sample or leave it out of the stream."
@@ -33,6 +34,7 @@ def check_sample(
         text = getattr(sample, name)
         if not isinstance(text, str) or not text.strip():
             raise RecordError(expected=f"a text as {name}", found=repr(text), where=where, remedy=remedy)
+    if not pixels: return [i.measure() if hasattr(i, "measure") else i() if callable(i) else i for i in sample.images]
     return [image() if callable(image) else image for image in sample.images]
 
 
@@ -162,10 +164,11 @@ class Collator:
     ) -> dict[str, Tensor]:
         "A batch: every column `[b, t]`, and the pixels."
         if not samples: raise RecordError(expected="at least one sample", found="an empty batch", where="Collator")
-        images = [check_sample(sample, answers) for sample in samples]
+        pixels = pixels and self.images
+        images = [check_sample(sample, answers, pixels) for sample in samples]
         side = self.padding_side if answers else "left"
         batch = pad(columns(self, samples, images, answers), self.processor.tokenizer.pad_token_id, side)
-        return batch | self.pixels(images) if self.images and pixels else batch
+        return batch | self.pixels(images) if pixels else batch
 
     def render(self, conversations: list, answers: bool) -> list[str]:
         "Conversations through the chat template."
@@ -181,6 +184,18 @@ class Collator:
         return pixels
 
 # %% ../../nbs/09a_collator.ipynb #5ef5cda3
+def strings(
+    collator: Collator,    # whose template and settings
+    images: int,           # number of images of the sample
+    texts: Sequence[str],  # instruction, and answer if it is not a prompt
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:  # the conversation; what the template writes round its texts
+    "The fixed strings of one kind of sample."
+    messages = conversation(images, texts, collator.system, collator.image_first)
+    places = [(i, j) for i, message in enumerate(messages) for j, part in enumerate(message["content"])
+              if message["role"] != "system" and part["type"] == "text"]
+    return messages, frame(lambda talk: collator.render([talk], len(texts) > 1)[0], messages, places)
+
+
 def frame_of(
     collator: Collator,  # whose template and settings
     images: int,         # number of images of the sample
@@ -189,10 +204,7 @@ def frame_of(
     "How the template writes one kind of sample."
     if (images, answers) in collator.frames: return collator.frames[images, answers]
     texts = ["text"] * (1 + answers)
-    messages = conversation(images, texts, collator.system, collator.image_first)
-    places = [(i, j) for i, message in enumerate(messages) for j, part in enumerate(message["content"])
-              if message["role"] != "system" and part["type"] == "text"]
-    fixed = frame(lambda talk: collator.render([talk], answers)[0], messages, places)
+    messages, fixed = strings(collator, images, texts)
     template = collator.processor.chat_template
     variables = collator.processor.tokenizer.special_tokens_map | collator.template_kwargs
     if not answers: found = Frame(fixed)

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, InternVLConfig
 
 from .layout import NATIVE, TILES, Piece, layout_of, native_config, plan, unused
-from .processor import INTERNVL_TEMPLATE
 from .shards import SHARD, Entry, bytes_of, entries_of, shards_of, write_weights
+from .table import INTERNVL_TEMPLATE
 from ..core import CheckpointError, SpecError, atomic_folder, read_json, write_json
 
 # %% ../../nbs/09g_convert.ipynb #bb695487

@@ -8,6 +8,7 @@ __all__ = ['PLACEHOLDER', 'FORMATS', 'MODES', 'MAX_PIXELS', 'Outside', 'inner_pa
 # %% ../../nbs/01i_image_files.ipynb #083835e8
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -65,6 +66,19 @@ class ImageFile:
 
     def load(self) -> Image.Image | Fault:
         "The picture in RGB, or why there is none."
+        return self.look(lambda image: image.convert("RGB"))
+
+    def measure(self) -> tuple[int, int]:
+        "Width and height, from the head of the file: nothing is decoded. A `RecordError` as for the picture."
+        found = self.look(lambda image: image.size)
+        if isinstance(found, Fault): raise found.error()
+        return found
+
+    def look(
+        self,
+        take: Callable[[Image.Image], Any],  # what to read of the opened file
+    ) -> Any:                                # what it gives, or a `Fault`
+        "Open the file for a look."
         place = self.inside()
         if isinstance(place, Fault): return place
         try:
@@ -73,7 +87,7 @@ class ImageFile:
                 with Image.open(place, formats=FORMATS) as image:
                     if image.width * image.height > self.max_pixels: return self.large(f"{image.width} x {image.height}")
                     if image.mode not in MODES: return self.unreadable(f"mode {image.mode}")  # Pillow would cut its values at 255
-                    return image.convert("RGB")
+                    return take(image)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error: return self.large(str(error))
         except Exception as error:  # a decoder that is fed nonsense may raise anything
             return self.unreadable(type(error).__name__)

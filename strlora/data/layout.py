@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUB', 'WANTED', 'SETS', 'NAMES', 'local_folder', 'train_files', 'image_root', 'test_names', 'test_files',
-           'manifest_of', 'name_of', 'promised', 'count_fault', 'sizes_of', 'hash_of', 'file_hash']
+           'manifest_of', 'name_of', 'promised', 'count_fault', 'sizes_of', 'questions_in', 'hash_of', 'file_hash']
 
 # %% ../../nbs/01k_released_files.ipynb #c7754c3e
 import hashlib
@@ -130,10 +130,20 @@ def sizes_of(
     files, tests = train_files(folder), test_names(folder)
     if isinstance(files, Fault): raise files.error()
     if not tests: raise RecordError(expected="test sets", found="none", where=folder/"test", remedy="Copy the folder again.")
-    full = {name: _count(folder, f"test/{name}/test.json") for name in tests}
-    proxies = [_count(folder, file) if (folder/(file := f"test/{name}/test_proxy.json")).exists() else full[name] for name in tests]
+    full, proxies = zip(*questions_in(folder).values())
     return {"name": name_of(manifest_of(folder)), "chunks": len(files), "chunk_size": max(_count(folder, file) for file in files),
-            "test_size": max(full.values()), "proxy_size": max(proxies)}
+            "test_size": max(full), "proxy_size": max(proxies)}
+
+
+def questions_in(
+    data: str | Path,  # of `local_folder`
+) -> dict[str, tuple[int, int]]:  # test set → questions in all, and in its proxy, which is the full set where there is no file of it
+    "How many questions the test sets have."
+    folder, found = local_folder(data), {}
+    for name in test_names(folder):
+        full = _count(folder, f"test/{name}/test.json")
+        found[name] = full, _count(folder, file) if (folder/(file := f"test/{name}/test_proxy.json")).exists() else full
+    return found
 
 
 def _count(folder: Path, file: str) -> int:
