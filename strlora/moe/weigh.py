@@ -68,7 +68,7 @@ class SharedLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, keys, slow, log_p, slow_log_p):
-        both = (torch.cat([keys, slow.to(keys.dtype)], 1) @ hidden.mT).mT
+        both = hidden @ torch.cat([keys, slow.to(keys.dtype)], 1).mT
         ctx.save_for_backward(hidden.to(both.dtype), keys.to(both.dtype))
         ctx.dtypes = hidden.dtype, keys.dtype
         ctx.set_materialize_grads(False)  # the penalty alone must not send zeros down the whole model
@@ -87,7 +87,7 @@ class SharedLogits(torch.autograd.Function):
 
 
 def contiguous_sum(
-    x: Tensor,             # [b, t, e], in any order in memory
+    x: Tensor,             # a part of a larger tensor [b, t, e]
     bias: Tensor | None,   # for each sample [b, 1, e]
 ) -> Tensor:               # contiguous [b, t, e]
     "Add and put in order in one pass."
