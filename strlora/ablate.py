@@ -19,7 +19,7 @@ from .compare import caution, rows_of, seeds_of
 from .core import SpecError, TrainingError, unknown
 from .methods.table import METHODS
 from .parallel import Child, child, settle, work_off
-from .report import compare, labels, load_run, to_text
+from .report import SEEDS, compare, labels, load_run, to_text
 from .request import stream_of, words_for
 from .spec import as_dict, flat
 from .tune import LOOKS, PLAIN, check_seeds, one_chunk, scored, write_tried
@@ -59,6 +59,8 @@ def arms(
         changed = [key for key in after if after[key] != before.get(key)]
         if changed: found[str(after[changed[0]])] = runs
         whole = next((key for key in after if key == name or key.rpartition(".")[2] == name), name)
+        if whole in SEEDS: raise SpecError(expected="a setting that makes another method", found=whole, where="strlora ablate",
+                                           remedy="Runs that differ in it are runs of one method: name another setting.")
     for run in tuned: run.label = f"{name}={before[whole]}"
     found = {str(before[whole]): tuned, **found}
     if len(found) < 2: raise SpecError(expected="another value than the tuned one", found=pair, where="strlora ablate", remedy="Name one.")

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from . import checkpoint
+from .core import SpecError
 from .methods.table import METHODS
 from .timing import Ratio, summed_up
 from .trainer import Watcher
@@ -83,6 +84,7 @@ def growth(
     seen: Callable[[str], Any] = lambda name: None,  # called before each method
 ) -> tuple[list[Ratio], list[dict[str, Any]]]:       # ratios, and the course over the stream
     "Every method on a long stream."
+    if rounds < 3: raise SpecError(expected="at least 3 rounds", found=rounds, where="--rounds", remedy="Give a larger number.")
     ratios: list[Ratio] = []
     series: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

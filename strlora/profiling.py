@@ -8,6 +8,7 @@ __all__ = ['SPLIT', 'Split', 'places', 'timed', 'watch', 'profiled', 'to_table',
 # %% ../nbs/14j_profiling.ipynb #575a7b6d
 import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ def profiled(
     try: yield
     finally:
         SPLIT.reset(token)
-        print(to_table(split.rows()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0": print(to_table(split.rows()), file=sys.stderr)  # of several processes the first
 
 
 def to_table(

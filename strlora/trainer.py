@@ -84,7 +84,8 @@ class Trainer:
         accelerator: Accelerator | None = None,
         skip: bool = False,                                       # leave out samples whose images cannot be read
     ):
-        self.accelerator, self.skip = accelerator or make_accelerator(config), skip
+        self.accelerator = accelerator or make_accelerator(config)
+        self.looks = looks_of(skip, collate, config.max_length)  # a method may make the collator ask more of a sample
         self.model, self.collate, self.config, self.seed, self.encode = model, collate, config, seed, encode
         self.parts = dict(parts or {})
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -120,7 +121,7 @@ class Trainer:
 
     def train_chunk(self, chunk: Any, watcher: Watcher) -> None:
         "Take every step of a chunk that is not yet done."
-        out = sift(chunk, self.accelerator, looks_of(self.skip, self.collate, self.config.max_length), self.config.workers)
+        out = sift(chunk, self.accelerator, self.looks, self.config.workers)
         if out: watcher.left_out(self, list(out.values()))
         steps = self.batches(chunk, out)
         self.samples = [s for i, s in enumerate(chunk.samples) if i not in out] if out else chunk.samples

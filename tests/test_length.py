@@ -95,6 +95,12 @@ def test_half_a_chunk_is_too_much(base):
         job.trainer.fit(job.seen)
 
 
+def test_lengths_are_known_before_a_method_has_seen_the_tasks(base):
+    job = Job(short_spec(base, "stream.chunks=1", "method=branchlora", "settings.oracle_task_id=true", "train.max_length=4096"))
+    job.trainer.fit(job.seen)
+    assert job.trainer.total
+
+
 def test_the_limit_is_a_number_of_tokens():
     with pytest.raises(SpecError, match="train.max_length"): short_spec("mini", "train.max_length=-1")
 

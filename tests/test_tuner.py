@@ -554,6 +554,11 @@ def test_a_layer_that_follows_needs_its_block():
     with pytest.raises(SpecError, match="'block'"): config(share_routers="blok")
 
 
+def test_one_router_a_block_also_where_all_tokens_have_the_same_weights():
+    model = wrapped(settings=config(router="constant", share_routers="block"))
+    assert torch.isfinite(model(**batch(model)).loss)
+
+
 def test_state_and_counts():
     model = wrapped(settings=config(modules_to_save=["multi_modal_projector"]))
     tuner, counts = model.base_model, model.base_model.parameter_counts()

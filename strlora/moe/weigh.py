@@ -10,6 +10,7 @@ __all__ = ['Gated', 'expert_keys', 'fold', 'attention_logits', 'SharedLogits', '
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .select import renormalise, straight_through, top_k_mask
 
@@ -25,6 +26,7 @@ class Gated(torch.autograd.Function):
         return gate[:, None] * unit
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, unit, length = ctx.saved_tensors
         to_unit = (grad * gate[:, None]).sum(0)
@@ -77,6 +79,7 @@ class SharedLogits(torch.autograd.Function):
         return s, s.view_as(s), reference
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, weigh, teach, _):
         hidden, keys = ctx.saved_tensors
         both = weigh if teach is None else teach if weigh is None else weigh + teach

@@ -68,7 +68,9 @@ def route(
     "The routing of one adapter; its penalties, and itself if it is recorded, go to the call."
     owner = layer.strlora_owner.get(adapter, layer)
     follows, known = adapter in layer.strlora_follows, None if call is None else call.latest.get(adapter)
-    if known is not None and known[0] is owner and (follows or known[1] is x): return followed(layer, known[2], h) if follows else known[2]
+    if known is not None and known[0] is owner:
+        if follows: return followed(layer, known[1], known[2], h)
+        if known[1] is x: return known[2]
     if follows: raise unasked(layer.name, owner.name)
     router = owner.strlora_router[adapter]
     context = None if call is None or call.context is None else fitted(call.context, h)
@@ -82,13 +84,14 @@ def route(
 
 def followed(
     layer: Any,        # a layer that follows another's routing
-    routing: Routing,  # of that layer
+    x: Tensor,         # that layer's input
+    routing: Routing,  # and what was decided about it
     h: Tensor,         # the layer's own input, one row a sample [b, t, d]
 ) -> Routing:          # the same
     "The routing of the block's first layer, if it is about the same tokens."
-    routed, given = tuple(routing.weights.shape[:2]), tuple(h.shape[:2])
+    routed, given = x.shape[:-1].numel(), h.shape[:-1].numel()  # weights may be the same for all tokens
     if routed == given: return routing
-    raise SignalError(expected=f"the tokens that were routed, {routed}", found=given, where=layer.name,
+    raise SignalError(expected=f"the {routed} tokens that were routed", found=given, where=layer.name,
                       remedy="Use share_routers=True, or leave this layer out with exclude_modules.")
 
 

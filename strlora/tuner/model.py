@@ -66,7 +66,7 @@ def block_of(
     name: str,  # a layer's name in the model
 ) -> str:       # name of the numbered module that it is part of; the layer's own name where there is none
     "The decoder block of a layer: blocks are the members of a list, so their names are numbers."
-    found = re.fullmatch(r"(.*?\.?\d+)\.[^0-9].*", name)
+    found = re.fullmatch(r"((?:.*?\.)?\d+)\.[^0-9].*", name)
     return found[1] if found else name
 
 # %% ../../nbs/08c_tuner.ipynb #c1d40af5
