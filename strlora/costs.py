@@ -6,6 +6,7 @@
 __all__ = ['PARTS', 'MISSED', 'read_bench', 'ratios', 'course']
 
 # %% ../nbs/16c_costs.ipynb #084feba4
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ def read_bench(
     found = {part: read_json(file) for part in PARTS if (file := Path(folder)/f"{part}.json").exists()}
     if not found: raise SpecError(expected="files of `strlora bench`", found="none", where=folder, remedy="See `strlora bench --help`.")
     rows = pd.DataFrame([{"part": part, **row} for part, record in found.items() for row in record["rows"]])
-    if len(commits := {record["commit"] for record in found.values()}) > 1:
-        raise SpecError(expected="one commit", found=", ".join(sorted(map(str, commits))), where=folder, remedy="Measure all parts anew.")
-    about = {name: next(iter(found.values()))[name] for name in ("hardware", "versions", "commit", "dirty")}
+    for what in ("commit", "hardware", "versions"):
+        if len(several := {json.dumps(record[what], sort_keys=True) for record in found.values()}) > 1:
+            raise SpecError(expected=f"one {what}", found=" and ".join(sorted(several)), where=folder, remedy="Measure all parts anew.")
+    about = {name: next(iter(found.values()))[name] for name in ("hardware", "versions", "commit")}
+    about["dirty"] = any(record["dirty"] for record in found.values())
     series = pd.DataFrame(found.get("growth", {}).get("series", []), columns=["method", "chunk", "seconds", "numbers"])
     return rows, series, about
 

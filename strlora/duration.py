@@ -39,6 +39,7 @@ class Setup:
     mfu: float = 0.35    # ours: share of the peak that fine-tuning of this size commonly reaches; measure your own
     bandwidth: float = 3.35  # TB/s of its memory; the same data sheet
     mbu: float = 0.2     # ours: share of that which generation token by token in eager mode may reach, a guess; measure your own
+    prompt: int = 0      # tokens of a question, which no limit shortens; 0: as many as of a sample
 
 
 def gpus_of(
@@ -155,11 +156,13 @@ def asking_of(
     batches = {split: batches_of(found, spec) for split, found in questions.items()}
     numbers = {split: sum(found.values()) for split, found in questions.items()}
     longest = max((n for found in batches.values() for n in found), default=0)
-    room = min(spec.eval.prompts, max(numbers.values())) * (setup.tokens + longest) * 4 * h.blocks * h.keys
+    length = setup.prompt or setup.tokens
+    room = min(spec.eval.prompts, max(numbers.values())) * (length + longest) * 4 * h.blocks * h.keys
     token = (weights + room) / (setup.bandwidth * 1e12 * setup.mbu)
-    read = operations(s, setup)[0] / (setup.peak * 1e12 * setup.mfu)
-    def seconds(split: str) -> float:  # of the GPU that is done last
-        return max(sum(batches[split][i::setup.gpus]) for i in range(setup.gpus)) * token + numbers[split] / setup.gpus * read
+    read = operations(s, dataclasses.replace(setup, tokens=length))[0] / (setup.peak * 1e12 * setup.mfu)
+    def seconds(split: str) -> float:  # of the GPU that is done last; batches are dealt out whole
+        most = min(-(-len(batches[split]) // setup.gpus) * spec.eval.prompts, numbers[split])
+        return max(sum(batches[split][i::setup.gpus]) for i in range(setup.gpus)) * token + most * read
     return {"counted": counted, "tasks": len(questions["full"]), "looks": looks, "questions": numbers, "prompts": spec.eval.prompts,
             "asked": sum(n * numbers[split] for split, n in looks.items()), "most_new_tokens": longest, "seconds_a_token": token,
             "new_tokens": sum(looks[split] * sum((spec.eval.max_new_tokens or KNOWN[task].max_new_tokens) * n for task, n in found.items())

@@ -61,7 +61,7 @@ def absent(
     error: Exception,  # what transformers says
 ) -> SpecError:        # to be raised by the caller
     "The error for a model that cannot be had."
-    folder, found = Path(base).is_dir(), str(error).split("\n")[0]
+    folder, found = Path(base).is_dir(), str(error).split("\n")[0].rstrip(".")
     remedy = ("Complete the folder: config.json, safetensors, tokenizer and processor. Pickles are not read." if folder else
               f"Where there is a network: hf download {base}. Or set model.base to a folder that holds it.")
     return SpecError(expected="a whole model" if folder else f"{base} in the local cache or on the hub", found=found,
@@ -256,6 +256,12 @@ class Job:
         longest = self.spec.train.max_length or math.inf
         self.longer[split] = sum(n > longest for prompts in self.prepared[split, limit] for n in prompts.lengths)
         return self.prepared[split, limit]
+
+    def too_long(self) -> dict[str, int]:
+        "By split: questions of more tokens than a training sample may have."
+        splits = ("proxy", *(["full"] if self.spec.eval.full_every else [])) if self.spec.train.max_length else ()
+        for split in splits: self.questions(split)  # a run that was gone on with may have asked none itself
+        return self.longer
 
     def decode(self, ids: list[list[int]]) -> list[str]:
         "Token ids as texts."

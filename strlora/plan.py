@@ -170,7 +170,7 @@ def setup_of(
     if spec.method != "zero_shot": check_processes(spec.train.batch_size, spec.train.accumulation, gpus)
     tokens = args.tokens or tokens_of(s, spec.train.max_length)
     return Setup(gpus, size, args.strategy, tokens, spec.train.batch_size, spec.train.gradient_checkpointing,
-                 spec.model.quantize == "4bit", args.peak, args.mfu, args.bandwidth, args.mbu)
+                 spec.model.quantize == "4bit", args.peak, args.mfu, args.bandwidth, args.mbu, args.tokens or tokens_of(s))
 
 
 def planned(
@@ -219,7 +219,7 @@ def asking_lines(
     lines = [f"asking   {a['tasks']} tasks, {', '.join(sets)}: {a['asked']} answers, at most {a['new_tokens']} tokens",
              f"time     {1000 * a['seconds_a_token']:.0f} ms a token of {a['prompts']} prompts at {g['mbu']:.0%}"
              f" of {g['bandwidth']:g} TB/s: at most {a['hours']:.1f} h for all answers",
-             f"in all   {plan['hours']:.1f} h, without reading of data and exchange between GPUs"]
+             f"in all   {plan['hours']:.1f} h, without reading of data, records of routing and exchange between GPUs"]
     if not a["counted"]: lines.insert(1, f"         {plan['data']} is not there to be counted: sizes by stream.proxy_size and test_size")
     return lines
 

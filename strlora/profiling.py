@@ -105,7 +105,8 @@ def profiled(
     try: yield
     finally:
         SPLIT.reset(token)
-        if os.environ.get("RANK", "0") == "0": print(to_table(split.rows()), file=sys.stderr)  # of several processes the first
+        first = os.environ.get("RANK", "0") == "0"  # of several processes
+        if split.seconds and first: print(to_table(split.rows()), file=sys.stderr)
 
 
 def to_table(

@@ -241,11 +241,11 @@ def follow(
         with contextlib.suppress(OSError):  # a full disk has said so already
             if main: merge_rows(folder)
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-            if main: note(folder, info, "interrupted" if stopped else "failed", started)
+            if main: note(folder, {**info, **record()}, "interrupted" if stopped else "failed", started)
         raise
     if main: finish(folder)
     if main and job.trains: write_card(folder)
-    if main: note(folder, {**info, "state": state_size(job), **missing(folder, job.longer), **record()}, "finished", started)
+    if main: note(folder, {**info, "state": state_size(job), **missing(folder, job.too_long()), **record()}, "finished", started)
     job.accelerator.wait_for_everyone()
     return folder
 

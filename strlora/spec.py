@@ -55,10 +55,18 @@ def _record(
     return cls(**{n: _cast(v, kinds[n]) for n, v in values.items()})
 
 
+def _words(kind: Any) -> list[str]:
+    "What a value of an annotated kind may be."
+    if typing.get_origin(kind) in (typing.Union, types.UnionType): return [w for a in typing.get_args(kind) for w in _words(a)]
+    if typing.get_origin(kind) is Literal: return [repr(a) for a in typing.get_args(kind)]
+    names = {bool: ["true", "false"], type(None): ["nothing"]}
+    return names.get(kind, [kind.__name__ if isinstance(kind, type) else str(kind)])
+
+
 def _misfit(name: str, value: Any, kind: Any, where: str) -> SpecError:
     "The error for a value of the wrong kind."
     if typing.get_origin(kind) is Literal: return unknown(name, value, typing.get_args(kind), where)
-    shown = kind.__name__ if isinstance(kind, type) else str(kind)
+    shown = " or ".join(_words(kind))
     return SpecError(expected=shown, found=f"{value!r}", where=f"{where}: {name}", remedy="Change the value.")
 
 # %% ../nbs/14_spec.ipynb #ef61f547
