@@ -614,6 +614,20 @@ def test_generation_with_cache_is_generation_without(name, beams, task_type):
     with model.disable_adapter(): assert torch.equal(model.generate(**given, **how), base)
 
 
+def test_a_generation_reads_the_instruction_once(monkeypatch):
+    from strlora.moe.layer import TwoStageRouter
+    model = wrapped()
+    given, reads, read = batch(model, labels=False), [], TwoStageRouter.read
+    monkeypatch.setattr(TwoStageRouter, "read", lambda self, *args: reads.append(self) or read(self, *args))
+    first = model.generate(**given, max_new_tokens=5, do_sample=False)
+    routers = sum("default" in layer.strlora_router for layer in layers_of(model))
+    assert len(reads) == len(set(reads)) == routers
+    other = given | {"instruction_mask": given["instruction_mask"].roll(1, 1)}
+    model.generate(**other, max_new_tokens=5, do_sample=False)
+    assert len(reads) == 2 * routers, "another generation reads anew"
+    assert torch.equal(first, model.generate(**given, max_new_tokens=5, do_sample=False, use_cache=False))
+
+
 def test_greedy_by_hand_is_generate():
     model = wrapped()
     given = prompt(batch(model, labels=False))

@@ -21,7 +21,7 @@ from .mean_router import MeanRouter
 from .regularization import Ema, masked_mean, routing_kl
 from .scorer import Scorer, compared, read_instruction
 from .select import straight_through, top_k
-from .signal import Context, per_sample
+from .signal import Context, once, per_sample
 from .token_router import TokenRouter
 from .two_groups import FusedExperts, TwoGroupRouter
 from .weigh import subset_weights
@@ -195,7 +195,7 @@ class TwoStageRouter(nn.Module):
     ) -> Routing:          # weights [b, t, e] or [b·t, e]
         "Select by the instruction, weigh by the token; a pure function of its inputs."
         x = per_sample(to_adapter(hidden, self.text_router.dtype), context.instruction)
-        scorer = self.read(context, x.shape[1], self.live)
+        scorer = once(context, (self, len(x)), lambda: self.read(context, x.shape[1], self.live))  # in a generation not for every token
         slow = self.remember(context, x.shape[1]) if context.penalties is not None else None
         scores, live, reference = compared(x, scorer, slow, self.kl_through_hidden) if slow else (scorer(x), None, None)
         selected, chosen = top_k(scorer.z, self.top_k)

@@ -34,6 +34,8 @@ class Scorer:
         s = F.linear(hidden, self.keys).float() if linear else attention_logits(hidden, self.query, self.keys)
         return self.joined(s)
 
+    def __len__(self) -> int: return len(self.z)  # samples
+
     def joined(self, s: Tensor) -> Tensor:
         "Scores of stage 2 [b, t, e] with those of stage 1, where they count."
         return s + self.log_p if self.prior else s

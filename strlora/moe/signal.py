@@ -69,7 +69,7 @@ class Context:
     images: Tensor | None = None        # true on image tokens; None if not known [b, t]
     penalties: Penalties | None = None  # where layers put penalty terms; None if nobody asks for them
     prompt: Tensor | None = None        # true on real tokens up to the end of the instruction; None while decoding [b, t]
-    memory: dict[Any, Tensor] | None = None  # what this generation has decided; None outside of one
+    memory: dict[Any, Any] | None = None  # what this generation has decided; None outside of one
     task: Tensor | None = None          # number of the (pseudo-)task of each sample, where it is given from outside [b]
     picture: Tensor | None = None       # mean of the projected image features, float32; None if nobody asks for it [b, d]
     normed: Tensor = field(init=False, repr=False)  # the instruction vectors, layer-normed once for all routers [b, d_text]
@@ -100,8 +100,8 @@ def prompt_tokens(
 def once(
     context: Context,              # the call's context
     owner: Any,                    # whose decision it is
-    decide: Callable[[], Tensor],  # makes it, one row a sample
-) -> Tensor:                       # the decision [b, ...]
+    decide: Callable[[], Any],     # makes it, one row a sample
+) -> Any:                          # the decision [b, ...]
     "A decision about whole samples: inside a generation the first call makes it and all later ones keep it."
     if context.memory is None: return decide()
     if owner not in context.memory: context.memory[owner] = decide()

@@ -77,7 +77,7 @@ class Prompt:
     instruction: Tensor        # instruction vectors of the prompts [b, d]
     mask: Tensor               # true on the instruction [b, t]
     previous: "Prompt | None"  # the prompt it is nested in
-    memory: dict[Any, Tensor] = dataclasses.field(default_factory=dict)  # decisions that hold for the whole generation
+    memory: dict[Any, Any] = dataclasses.field(default_factory=dict)  # decisions that hold for the whole generation
 
 
 PROMPT: ContextVar[Prompt | None] = ContextVar("strlora_prompt", default=None)
