@@ -60,6 +60,7 @@ def ratios(
         axes.axvline(1, color=style.RULE, zorder=0)
         axes.set(yticks=range(len(rows)), yticklabels=rows["name"], title=title, xlabel="ratio")
         axes.margins(x=0.12)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
     return axes
 
 

@@ -29,7 +29,7 @@ class Prompts:
     samples: tuple[Any, ...]      # as many as rows
     make: Callable[[], dict[str, Tensor]]  # the batch, left-padded; `features` in place of pixels where they were encoded before
     limits: tuple[int, ...]       # new tokens that each answer may take
-    lengths: tuple[int, ...]      # tokens of each prompt
+    lengths: tuple[int, ...] = ()      # tokens of each prompt
 
     @property
     def batch(self) -> dict[str, Tensor]:

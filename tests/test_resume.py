@@ -32,6 +32,14 @@ def whole(base, tmp_path_factory):
     return runs.start(short_spec(base), tmp_path_factory.mktemp("whole")/"run"), time.monotonic() - start
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    "A background job of a shell ignores Ctrl-C from its start; these tests press it."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 
 
