@@ -7,6 +7,7 @@ __all__ = ['BranchExperts', 'TaskKeys', 'first_token', 'BranchRouter', 'freeze_m
 
 # %% ../../nbs/07e_branch.ipynb #205e727c
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,11 @@ class BranchExperts(Experts):
         x: Tensor,        # input [..., d_in]
         weights: Tensor,  # weights of the branches [..., e], broadcastable
         indices: Tensor | None = None,  # not needed: the trunk is shared
+        memory: dict[Any, Any] | None = None,  # of a generation; None outside of one
     ) -> Tensor:          # the adapter's contribution, in the adapter's dtype [..., d_out]
         "`B_cat · (expand(scale · w) ⊗ A drop(x))`."
         x = F.dropout(to_adapter(x, self.A.dtype), self.dropout, self.training)
-        return weighted_up(F.linear(x, self.A[0]).unsqueeze(-2), self.scale * weights, self.B)
+        return weighted_up(F.linear(x, self.A[0]).unsqueeze(-2), weights, self.B, self.scale, memory)
 
     def extra_repr(self) -> str:
         e, d_out, r = self.B.shape

@@ -8,6 +8,7 @@ __all__ = ['INITS', 'Routing', 'to_adapter', 'WeightedUp', 'weighted_up', 'is_gr
 # %% ../../nbs/03_experts.ipynb #3501f785
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ def to_adapter(
     dtype: torch.dtype,  # dtype of the adapter's weights
 ) -> Tensor:             # the same values in the dtype in which the adapter calculates
     "Cast to the adapter's dtype, unless autocast chooses the dtype itself."
+    if x.dtype == dtype: return x
     device = x.device.type
     return x if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else x.to(dtype)
 
@@ -63,10 +65,18 @@ class WeightedUp(torch.autograd.Function):
 
 def weighted_up(
     h: Tensor,        # hidden vectors [..., e, r], or one for all experts [..., 1, r]
-    weights: Tensor,  # weights of the experts, scale included [..., e], broadcastable
+    weights: Tensor,  # weights of the experts [..., e], broadcastable
     B: Tensor,        # up-projections [e, d_out, r]
+    scale: float = 1.0,  # factor of the whole
+    memory: dict[Any, Any] | None = None,  # of a generation, in which B does not change; None outside of one
 ) -> Tensor:          # [..., d_out]
-    "`B_cat · (w ⊙ h)`."
+    "`scale · B_cat · (w ⊙ h)`."
+    if memory is not None and not torch.is_grad_enabled():  # B_cat is a copy, and tokens come one at a time
+        if (weighted_up, B) not in memory: memory[weighted_up, B] = scale * B.transpose(0, 1).flatten(1)
+        return F.linear((h * weights.to(h.dtype).unsqueeze(-1)).flatten(-2), memory[weighted_up, B])
+    weights = scale * weights
+    if weights.dim() == 1 and h.shape[-2] == len(B):  # the same for all tokens: they belong to B
+        return F.linear(h.flatten(-2), (weights.to(B.dtype)[:, None, None] * B).transpose(0, 1).flatten(1))
     return WeightedUp.apply(h, weights.expand(*h.shape[:-2], len(B)), B)
 
 # %% ../../nbs/03_experts.ipynb #030c2aa5
@@ -136,13 +146,14 @@ class Experts(nn.Module):
         x: Tensor,        # input [..., d_in]
         weights: Tensor,  # weights of the experts [..., e], broadcastable
         indices: Tensor | None = None,  # the selected experts of each sample, if only they matter [b, k]
+        memory: dict[Any, Any] | None = None,  # of a generation; None outside of one
     ) -> Tensor:          # the adapter's contribution, in the adapter's dtype [..., d_out]
         "`B_cat · (expand(scale · w) ⊙ (A_cat · drop(x)))`: two matrix products, no loop, no look at the values."
         x = F.dropout(to_adapter(x, self.A.dtype), self.dropout, self.training)
         e, r, d_in = self.A.shape
         if indices is not None and is_grouped(e, indices.shape[1], x.numel() // (d_in * indices.shape[0])):
             return few_experts(x, self.scale * weights.expand(*x.shape[:-1], e), indices, self.A, self.B)
-        return weighted_up(F.linear(x, self.A.flatten(0, 1)).unflatten(-1, (e, r)), self.scale * weights, self.B)
+        return weighted_up(F.linear(x, self.A.flatten(0, 1)).unflatten(-1, (e, r)), weights, self.B, self.scale, memory)
 
     def extra_repr(self) -> str:
         (e, r, d_in), d_out = self.A.shape, self.B.shape[1]

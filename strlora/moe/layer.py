@@ -19,12 +19,12 @@ from .branch import BranchExperts, BranchRouter
 from .experts import Experts, Routing, to_adapter
 from .mean_router import MeanRouter
 from .regularization import Ema, masked_mean, routing_kl
-from .scorer import Scorer, compared, read_instruction
-from .select import straight_through, top_k
+from .scorer import Scorer, compared, read_instruction, steady
+from .select import straight_through
 from .signal import Context, once, per_sample
 from .token_router import TokenRouter
 from .two_groups import FusedExperts, TwoGroupRouter
-from .weigh import subset_weights
+from .weigh import only_best, subset_weights
 
 # %% ../../nbs/07_layer.ipynb #147fedb9
 class Router(Protocol):
@@ -48,11 +48,18 @@ class ConstantRouter(nn.Module):
     ):
         super().__init__()
         self.experts = experts
+        self.made: dict[torch.device, Routing] = {}
 
     def forward(self, hidden: Tensor, context: Context | None = None) -> Routing:
         "Weights `1 / e` of shape [e]; the context is not read."
-        weights = torch.full((self.experts,), 1 / self.experts, device=hidden.device)
-        return Routing(weights, selected=torch.ones(1, self.experts, dtype=torch.bool, device=hidden.device))
+        if hidden.device not in self.made: self.made[hidden.device] = self.make(hidden.device)
+        return self.made[hidden.device]
+
+    @torch.inference_mode(False)  # what is made in an evaluation is used in training, too
+    def make(self, device: torch.device) -> Routing:
+        "The routing of every call on this device."
+        weights = torch.full((self.experts,), 1 / self.experts, device=device)
+        return Routing(weights, selected=torch.ones(1, self.experts, dtype=torch.bool, device=device))
 
     def update_ema(self) -> None:
         "Nothing to update."
@@ -195,18 +202,29 @@ class TwoStageRouter(nn.Module):
     ) -> Routing:          # weights [b, t, e] or [b·t, e]
         "Select by the instruction, weigh by the token; a pure function of its inputs."
         x = per_sample(to_adapter(hidden, self.text_router.dtype), context.instruction)
-        scorer = once(context, (self, len(x)), lambda: self.read(context, x.shape[1], self.live))  # in a generation not for every token
+        scorer = once(context, (self, len(x)),  # in a generation not for every token
+                      lambda: self.read(context, x.shape[1], self.live).select(self.top_k))
         slow = self.remember(context, x.shape[1]) if context.penalties is not None else None
+        weights, kl, scores = self.weigh(x, scorer, slow)
+        penalties = {}
+        if kl is not None: penalties["kl"] = kl.mean() if self.padding else masked_mean(kl, context.tokens, context.shares)
+        indices = None if self.stage1 == "straight_through" else scorer.chosen
+        return Routing(weights.reshape(*hidden.shape[:-1], -1), scorer.selected, scores, penalties, kl, indices)
+
+    def weigh(self, x: Tensor, scorer: Scorer, slow: Scorer | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        "Weights [b, t, e], divergence from the slow copy [b, t] if there is one, scores [b, t, e]."
+        k, learns_all = self.sub_top_k or None, self.stage1 == "straight_through"
+        if slow and scorer.folded and self.temperature == 1 and not (learns_all or self.kl_through_hidden):
+            weights, kl, scores = steady(x, scorer, slow)
+            return only_best(weights, k), kl, scores
+        if slow is None and not learns_all:
+            scores = scorer.in_subset(x)
+            return only_best(scores.softmax(-1), k), None, scores
         scores, live, reference = compared(x, scorer, slow, self.kl_through_hidden) if slow else (scorer(x), None, None)
-        selected, chosen = top_k(scorer.z, self.top_k)
-        weights = subset_weights(scores, selected, self.sub_top_k or None)
-        if self.stage1 == "straight_through": weights = straight_through(weights, scores.softmax(-1))
-        kl, penalties = None, {}
-        if slow:
-            kl = routing_kl(reference, live, None if self.stage1 == "straight_through" else selected[:, None], self.temperature)
-            penalties["kl"] = masked_mean(kl, None if self.padding else context.tokens)
-        indices = None if self.stage1 == "straight_through" else chosen
-        return Routing(weights.reshape(*hidden.shape[:-1], -1), selected, scores, penalties, kl, indices)
+        weights = subset_weights(scores, scorer.selected, k)
+        if learns_all: weights = straight_through(weights, scores.softmax(-1))
+        if live is None: return weights, None, scores
+        return weights, routing_kl(reference, live, None if learns_all else scorer.selected[:, None], self.temperature), scores
 
     def read(self, context: Context, tokens: int, weights: Mapping[str, Tensor]) -> Scorer:
         "This router, live or slow, after reading the instructions."

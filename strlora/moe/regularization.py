@@ -48,6 +48,7 @@ def routing_kl(
 def masked_mean(
     values: Tensor,              # one value a token [b, t]
     mask: Tensor | None = None,  # true on the tokens that count; None counts all [b, t]
+    shares: Tensor | None = None,  # `Context.shares` of the same mask, where it is at hand [b, t]
 ) -> Tensor:                     # scalar
     "Mean over the tokens that count; zero if none does."
     if mask is None: return values.mean()
@@ -55,7 +56,8 @@ def masked_mean(
         raise SignalError(expected=f"a mask of shape {tuple(values.shape)}", found=tuple(mask.shape),
                           where="Context.tokens",
                           remedy="Give it one column a token of the merged sequence, image tokens included.")
-    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
+    kept = values.masked_fill(~mask, 0)  # what stands on padding need not be a number
+    return kept.sum() / mask.sum().clamp(min=1) if shares is None else torch.dot(kept.flatten(), shares.flatten())
 
 # %% ../../nbs/06_regularization.ipynb #dc511c67
 class Ema(nn.Module):
@@ -81,7 +83,8 @@ class Ema(nn.Module):
     def update(self, parameters: dict[str, nn.Parameter], decay: float | None = None) -> None:
         "`ema ← β·ema + (1 - β)·live`; with `decay=0` a plain copy."
         beta = self.decay if decay is None else decay
-        for name in self.names: self[name].lerp_(parameters[name].detach().to(self[name]), 1 - beta)
+        live = [parameters[name].detach().to(self[name]) for name in self.names]
+        torch._foreach_lerp_([self[name] for name in self.names], live, 1 - beta)
 
     def _apply(self, fn, recurse=True):
         kept = dict(self._buffers)

@@ -73,10 +73,12 @@ class Context:
     task: Tensor | None = None          # number of the (pseudo-)task of each sample, where it is given from outside [b]
     picture: Tensor | None = None       # mean of the projected image features, float32; None if nobody asks for it [b, d]
     normed: Tensor = field(init=False, repr=False)  # the instruction vectors, layer-normed once for all routers [b, d_text]
+    shares: Tensor | None = field(init=False, repr=False, default=None)  # of each real token in a mean over all, as `tokens` [b, t]
 
     def __post_init__(self) -> None:
         t = self.instruction.detach()
         object.__setattr__(self, "normed", F.layer_norm(t, t.shape[-1:]))
+        if self.tokens is not None: object.__setattr__(self, "shares", self.tokens / self.tokens.sum().clamp(min=1))
 
 # %% ../../nbs/02_signal.ipynb #cde94c93
 def pool_images(

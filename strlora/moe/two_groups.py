@@ -6,6 +6,8 @@
 __all__ = ['ROUTINGS', 'check_groups', 'TwoGroupRouter', 'FusedExperts']
 
 # %% ../../nbs/07b_two_groups.ipynb #d477c1eb
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,10 +110,11 @@ class FusedExperts(Experts):
         x: Tensor,        # input [..., d_in]
         weights: Tensor,  # weights of the experts within their groups [..., e], broadcastable
         indices: Tensor | None = None,  # not used: both groups are always read
+        memory: dict[Any, Any] | None = None,  # of a generation; None outside of one
     ) -> Tensor:          # the adapter's contribution, in the adapter's dtype [..., d_out]
         "`α o_v + β o_i` for every token: two matrix products."
         x = F.dropout(to_adapter(x, self.A.dtype), self.dropout, self.training)
         h = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])
         weights = self.scale * weights
         share = self.shares(h, weights).repeat_interleave(len(self.A) // 2, -1)
-        return weighted_up(h, weights * share, self.B)
+        return weighted_up(h, weights * share, self.B, memory=memory)

@@ -180,9 +180,10 @@ class StrLoraLinear(nn.Module, BaseTunerLayer):
         if self._disable_adapters: return y
         for adapter in self.active_adapters:
             if adapter not in self.strlora_experts: continue
-            h = x if call is None or call.context is None else rows_of(x, call.context.instruction.shape[0], self.name)
+            context = None if call is None else call.context
+            h = x if context is None else rows_of(x, context.instruction.shape[0], self.name)
             routing = route(self, adapter, x, h, call)
-            delta = self.strlora_experts[adapter](h, routing.weights, routing.indices)
+            delta = self.strlora_experts[adapter](h, routing.weights, routing.indices, None if context is None else context.memory)
             y = y + delta.reshape(y.shape).to(y.dtype)
         return y
 
