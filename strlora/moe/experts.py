@@ -75,8 +75,7 @@ def weighted_up(
         if (weighted_up, B) not in memory: memory[weighted_up, B] = scale * B.transpose(0, 1).flatten(1)
         return F.linear((h * weights.to(h.dtype).unsqueeze(-1)).flatten(-2), memory[weighted_up, B])
     weights = scale * weights
-    if weights.dim() == 1 and h.shape[-2] == len(B):  # the same for all tokens: they belong to B
-        return F.linear(h.flatten(-2), (weights.to(B.dtype)[:, None, None] * B).transpose(0, 1).flatten(1))
+    if weights.shape == (1,): return F.linear(h.flatten(-2), B[0]) * weights.to(h.dtype)  # one expert of constant weight: plain LoRA
     return WeightedUp.apply(h, weights.expand(*h.shape[:-2], len(B)), B)
 
 # %% ../../nbs/03_experts.ipynb #030c2aa5
