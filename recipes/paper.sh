@@ -33,6 +33,8 @@ once zero_shot
 once strlora
 # 54 GB a GPU, 1575 steps, 2.0 h
 once strlora_released
+# 49 GB a GPU, 1575 steps, 1.9 h
+once strlora_prototypes
 # 48 GB a GPU, 1575 steps, 1.9 h
 once lora
 # 64 GB a GPU, 1575 steps, 2.0 h

@@ -62,7 +62,8 @@ def state_bytes(
             "lwf": lambda: s.sum("trained_size"),
             "olora": lambda: 4 * (experts + s.shape.downs),
             "same": lambda: 4 * (s.sum("trained", "experts", "routers") + spec.settings.eigenpairs * s.shape.sources),
-            "branchlora": lambda: 4 * s.sum("trained", "experts", "routers")}
+            "branchlora": lambda: 4 * s.sum("trained", "experts", "routers"),
+            "strlora_prototypes": lambda: 3 * 4 * s.sum("trained", "experts") * spec.settings.shared // spec.settings.num_experts}
     return kept[spec.method]() if spec.method in kept else 0
 
 
@@ -82,7 +83,7 @@ def weights(
 ) -> dict[str, float]:  # part → bytes
     "Weights, gradients and moments on one GPU."
     n, trained, size = setup.gpus, s.sum("trained"), float(s.sum("trained_size"))
-    base = s.sum("size") - size - s.sum("size", "slow routers")
+    base = s.sum("size") - size - s.sum("size", "slow routers", "prototypes")
     language = s.parts["language model"]
     if setup.quantize: base -= saved_bytes(s)
     rows = {"frozen weights": base, "trained weights": size, "gradients": size, "AdamW's moments": 2 * size}
@@ -104,7 +105,8 @@ def memory(
     "Everything that one GPU holds at its fullest moment."
     h, dropout = s.shape, getattr(spec.settings, "lora_dropout", 0) > 0
     rows = weights(s, setup) if s.sum("trained") else {"frozen weights": weights(s, setup)["frozen weights"]}
-    rows |= {"slow routers": s.sum("size", "slow routers"), "state of the method": state_bytes(s, spec)}
+    rows |= {name: s.sum("size", name) for name in ("slow routers", "prototypes")}
+    rows |= {"state of the method": state_bytes(s, spec)}
     words = setup.tokens + spec.eval.max_new_tokens
     moments = {"a training step": 0.0, "a chunk's end": at_chunk_end(s, spec, setup),
                "evaluation": spec.eval.prompts * (4 * h.blocks * h.keys * words + 2 * h.vocabulary * setup.tokens)}

@@ -65,7 +65,7 @@ def architecture(
                     remedy="Add the family to strlora.sizes.architecture.")
 
 # %% ../nbs/14e_sizes.ipynb #c794572c
-PARTS = ("language model", "vision tower", "projector", "experts", "routers", "trained projector", "slow routers")
+PARTS = ("language model", "vision tower", "projector", "experts", "routers", "trained projector", "slow routers", "prototypes")
 
 
 @dataclasses.dataclass
@@ -83,6 +83,7 @@ def part_of(
 ) -> str:
     "The part that a tensor belongs to."
     if ".ema." in name: return "slow routers"
+    if re.search(r"[.]strlora_router[.].*[.](instructions|keys[.]tasks)[.]", name): return "prototypes"
     if ".strlora_experts." in name: return "experts"
     if ".strlora_router." in name: return "routers"
     if ".modules_to_save." in name: return "trained projector"
@@ -95,7 +96,7 @@ def count(
 ) -> dict[str, Count]:  # part → its numbers
     "Numbers and bytes by part; tied weights count once."
     found, backbone = {name: Count() for name in PARTS}, backbone_of(model)
-    kept = ((n, b) for n, b in model.named_buffers() if ".ema." in n)
+    kept = ((n, b) for n, b in model.named_buffers() if part_of(n, backbone) in ("slow routers", "prototypes"))
     for name, tensor in (*model.named_parameters(), *kept):
         c, size = found[part_of(name, backbone)], tensor.numel() * tensor.element_size()
         c.numbers, c.size = c.numbers + tensor.numel(), c.size + size

@@ -41,6 +41,7 @@ STYLE = {
 SMALL = {"axes.titleweight": "normal", "axes.titlesize": 9.0, "axes.titlepad": 4.0}   # for grids of small panels
 METHODS = {   # name: what readers call it, colour, dash
     "strlora": ("StrLoRA", "#0b5394", "-"),
+    "strlora_prototypes": ("StrLoRA with prototypes", "#081d58", "-"),
     "strlora_released": ("StrLoRA, released", "#56a5dd", (0, (4, 1.4))),
     "lora": ("LoRA", "#d5680b", "-"),
     "ewc": ("EWC", "#0f8a6c", "-"),

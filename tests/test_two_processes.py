@@ -15,7 +15,7 @@ from two_processes import STOPPED, learned
 
 from strlora import runs
 
-STATEFUL = ("strlora", "ewc", "lwf", "replay", "olora", "smolora", "same", "branchlora")
+STATEFUL = ("strlora", "ewc", "lwf", "replay", "olora", "smolora", "same", "branchlora", "strlora_prototypes")
 STOPS = ("stop", "stop+shares")
 SHARED = tuple(f"{method}+shares" for method in STATEFUL)
 

@@ -11,8 +11,8 @@ BACKBONES = {
     "internvl3_5_4b": "InternVL3.5-4B-Pretrained",
     "gemma3_4b": "Gemma3-4B-PT",
 }
-METHODS = ("strlora", "strlora_released", "lora", "ewc", "lwf", "replay", "olora", "moelora", "smolora", "smolora_released", "same",
-           "branchlora", "joint", "zero_shot")
+METHODS = ("strlora", "strlora_released", "strlora_prototypes", "lora", "ewc", "lwf", "replay", "olora", "moelora", "smolora",
+           "smolora_released", "same", "branchlora", "joint", "zero_shot")
 
 COMMON = {
     "seed": (42, "official scripts: 42 (there plus the rank)"),

@@ -17,6 +17,7 @@ from .lora import LORA
 from .lwf import LWF
 from .moelora import MOELORA
 from .olora import OLORA
+from .prototypes import PROTOTYPES
 from .replay import REPLAY
 from .same import SAME
 from .smolora import SMOLORA, SMOLORA_RELEASED
@@ -26,6 +27,7 @@ from .strlora import ABLATIONS, RELEASED, STRLORA
 METHODS: dict[str, Method] = {
     "strlora": STRLORA,
     "strlora_released": RELEASED,
+    "strlora_prototypes": PROTOTYPES,
     "lora": LORA,
     "ewc": EWC,
     "lwf": LWF,

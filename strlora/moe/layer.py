@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core import SpecError, unknown
 from .branch import BranchExperts, BranchRouter
 from .experts import Experts, Routing, to_adapter
+from .instruct import InstructionRouter
 from .mean_router import MeanRouter
 from .regularization import Ema, masked_mean, routing_kl
 from .scorer import Scorer, compared, read_instruction, steady
@@ -264,6 +265,7 @@ ROUTERS: dict[str, Callable[..., Any]] = {  # name → (d_in, d_text, experts, *
     "two_groups": TwoGroupRouter,
     "mean": MeanRouter,
     "branch": BranchRouter,
+    "instruction": InstructionRouter,
 }
 
 BLIND = frozenset({"constant", "token"})          # routers that do without an instruction
@@ -272,4 +274,4 @@ BANKS: dict[str, Callable[..., Any]] = {          # name → (d_in, d_out, exper
     "fused": FusedExperts,
     "branch": BranchExperts,
 }
-KEYED = frozenset({"branch"})                     # routers with keys of tasks: the first of an adapter holds them, they see the picture
+KEYED = frozenset({"branch", "instruction"})      # routers with something in common: the first of an adapter holds it; they see the picture

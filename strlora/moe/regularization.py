@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import SignalError
+from .pseudo import FullPrecision
 
 # %% ../../nbs/06_regularization.ipynb #f00b8d2a
 class RoutingKL(torch.autograd.Function):
@@ -60,7 +61,7 @@ def masked_mean(
     return kept.sum() / mask.sum().clamp(min=1) if shares is None else torch.dot(kept.flatten(), shares.flatten())
 
 # %% ../../nbs/06_regularization.ipynb #dc511c67
-class Ema(nn.Module):
+class Ema(FullPrecision):
     "Slow float32 copies of parameters, as buffers that are saved with the model."
 
     def __init__(
@@ -85,10 +86,3 @@ class Ema(nn.Module):
         beta = self.decay if decay is None else decay
         live = [parameters[name].detach().to(self[name]) for name in self.names]
         torch._foreach_lerp_([self[name] for name in self.names], live, 1 - beta)
-
-    def _apply(self, fn, recurse=True):
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in kept.items():  # a cast of the model must not round the copies
-            if self[name].dtype != torch.float32: self._buffers[name] = old.to(self[name].device)
-        return self

@@ -131,6 +131,13 @@ class StrLoraConfig(PeftConfig):
         if not settings.pop("regularize", True): settings["kl_weight"] = 0.0
         return cls(**(settings | overrides))
 
+    @classmethod
+    def prototypes(cls, shared: int = 16, gate: float = 8.0, picture: float = 0.5, **overrides: Any) -> "StrLoraConfig":
+        "Ours: experts for all, and small ones that belong to prototypes of what is asked; `base_model.observe` shows them each chunk."
+        given = {"num_experts": 32, "router": "instruction", "kl_weight": 0.0, **overrides}
+        options = {"shared": shared, "gate": gate, "picture": picture, **given.pop("router_options", {})}
+        return cls(router_options=options, **given)
+
     def router_settings(self) -> dict[str, Any]:
         "The keywords from which a router of `strlora.moe.layer.ROUTERS` is built."
         if self.router not in ("two_stage", "constant"): return {"experts": self.num_experts, **self.router_options}

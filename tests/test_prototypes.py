@@ -1,0 +1,132 @@
+"Prototypes of instructions, experts that move alone, and what holds the shared ones."
+import pytest
+import torch
+from small import make_base, rows, session, short_spec, timeless
+
+from strlora import checkpoint, runs
+from strlora.core import SpecError
+from strlora.methods.ewc import fisher_information
+from strlora.backbones.collate import Collator
+from strlora.methods.hold import shared_rows
+from strlora.methods.prototypes import image_vectors
+from strlora.trainer import Watcher
+from strlora.tuner.call import CALL
+from strlora.tuner.state import layers_of
+
+METHOD = ("method=strlora_prototypes", "r=16", "num_experts=16", "shared=4", "stream.chunks=4", "chunk_size=24", "lr=1e-2", "lr_later=1e-2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def known(job): return layers_of(job.model)[0].strlora_router["default"].instructions
+
+
+def banks(job): return {layer.name: layer.strlora_experts["default"] for layer in layers_of(job.model)}
+
+
+@pytest.mark.parametrize("pairs", [(), ("optimizer_state=carry", "weight_decay=0.5", "picture=0.5")], ids=["default", "carried"])
+def test_experts_of_absent_prototypes_stand_still(base, pairs):
+    job = session(base, *METHOD, *pairs)
+    part, seen = job.trainer.parts["update"], []
+    start, end = part.chunk_start, part.chunk_end
+
+    def begin(run):
+        start(run)
+        found = known(job).seen.assign(known(job).describe(run.instructions(run.samples), image_vectors(run, run.samples)))
+        used = layers_of(job.model)[0].strlora_router["default"].experts_of(found).unique().tolist()
+        seen.append([used, {n: [p.detach().clone() for p in b.parameters()] for n, b in banks(job).items()}])
+
+    part.chunk_start = begin
+    part.chunk_end = lambda run: (end(run), seen[-1].append({n: [p.detach().clone() for p in b.parameters()] for n, b in banks(job).items()}))
+    job.trainer.fit(job.seen)
+    still = moved = 0
+    for used, before, after in seen:
+        for name in before:
+            same = torch.stack([(a == b).flatten(1).all(1) for a, b in zip(before[name], after[name])]).all(0)
+            for e in range(4, 16):
+                assert bool(same[e]) == (e not in used), "an expert moves if and only if a sample of the chunk asks for it"
+                still, moved = still + (e not in used), moved + (e in used)
+            assert not same[:4].any()
+    assert still and moved and known(job).seen.number > 2
+
+
+def test_without_lazy_steps_absent_experts_drift(base):
+    job = session(base, *METHOD, "lazy=false", "optimizer_state=carry", "weight_decay=0.5", "stream.chunks=1")
+    before = {n: b.A.detach().clone() for n, b in banks(job).items()}
+    job.trainer.fit(job.seen)
+    assert all(not (before[n] == b.A).flatten(1).all(1).any() for n, b in banks(job).items())
+
+
+def test_strength_is_the_fisher_where_weights_stand_still(base):
+    job = session(base, *METHOD, "stream.chunks=1", "batch_size=1", "lr=0", "lr_later=0", "lora_dropout=0.0")
+    run, hold = job.trainer, job.trainer.parts["penalty"]
+    run.fit(job.seen)
+    true = fisher_information(run, list(range(len(run.samples))))
+    assert set(hold.fisher) == {name for name, *_ in shared_rows(job.model, 4)} and any(f.any() for f in hold.fisher.values())
+    for name, p, _ in shared_rows(job.model, 4):
+        full = next(n for n, q in job.model.named_parameters() if q is p)
+        torch.testing.assert_close(hold.fisher[name], true[full][:4], rtol=1e-3, atol=1e-6)
+
+
+def test_the_pull_is_towards_the_anchor_and_reaches_shared_experts_only(base):
+    job = session(base, *METHOD, "stream.chunks=2")
+    run, hold = job.trainer, job.trainer.parts["penalty"]
+    run.train_chunk(job.seen.chunks[0], Watcher())
+    batch = run.batch(run.samples[:2])
+    assert hold.loss(run, batch, None)["hold"] == 0, "at the anchor nothing pulls"
+    with torch.no_grad():
+        for _, _, own in shared_rows(job.model, 4): own += 0.1
+    term = hold.loss(run, batch, None)["hold"]
+    expected = hold.weight / 2 * 0.01 * sum(float(f.sum()) for f in hold.fisher.values())
+    assert term.item() == pytest.approx(expected, rel=1e-3)
+    term.backward()
+    for _, p, _ in shared_rows(job.model, 4): assert not p.grad[4:].any() and (p.grad[:4] >= 0).all()
+
+
+@pytest.mark.parametrize("pair", ["picture=0.5", "oracle_task_id=true"])
+def test_interrupted_and_resumed_is_uninterrupted(base, tmp_path, monkeypatch, pair):
+    spec = short_spec(base, *METHOD[:4], "optimizer_state=carry", pair)
+    runs.start(spec, tmp_path/"whole")
+    true = runs.Recorder.step_done
+
+    def stop(self, run, row):
+        true(self, run, row)
+        if run.total == 5: raise KeyboardInterrupt
+    monkeypatch.setattr(runs.Recorder, "step_done", stop)
+    with pytest.raises((KeyboardInterrupt, runs.Interrupted)): runs.start(spec, tmp_path/"run")
+    monkeypatch.undo()
+    runs.resume(tmp_path/"run")
+    assert rows(tmp_path/"run") == rows(tmp_path/"whole")
+    assert timeless(rows(tmp_path/"run", "train")) == timeless(rows(tmp_path/"whole", "train"))
+    (a, one), (b, other) = (checkpoint.load(tmp_path/name/"checkpoint") for name in ("run", "whole"))
+    assert all(torch.equal(a[n], b[n]) for n in a) and any("instructions.seen.means" in n for n in a)
+    assert all(torch.equal(v, checkpoint.pack(other["parts"])[1][n]) for n, v in checkpoint.pack(one["parts"])[1].items())
+
+
+def test_one_prototype_for_each_task_if_the_task_is_told(base):
+    job = session(base, *METHOD, "oracle_task_id=true")
+    job.trainer.fit(job.seen)
+    assert known(job).seen.number == len({s.task for chunk in job.stream.chunks for s in chunk.samples})
+
+
+@pytest.mark.parametrize("pairs, where", [(("shared=16",), "top_k"), (("gate=-1",), "gate"), (("top_k=0",), "top_k"), (("threshold=2",), "threshold"),
+                                          (("geometry='round'",), "geometry")])
+def test_settings_that_cannot_work_are_refused(base, pairs, where):
+    with pytest.raises(SpecError, match=where): session(base, *METHOD, *pairs)
+
+
+def test_pictures_are_what_the_language_model_gets(base):
+    job = session(base, *METHOD, "stream.chunks=1", "picture=0.5")
+    run, samples = job.trainer, job.seen.chunks[0].samples[:6]
+    run.samples = samples
+    kept, seen = image_vectors(run, samples), []
+    root = job.model.base_model.root
+    root.model.get_decoder().register_forward_hook(lambda *_: seen.append(CALL.get().context.picture))
+    with torch.no_grad():
+        for sample in samples: run.answer_loss(run.batch([sample]))
+    torch.testing.assert_close(torch.cat(seen), kept)
+    run.encode, run.collate = None, Collator(job.processor, images=True)  # pictures pass through every time
+    torch.testing.assert_close(image_vectors(run, samples), kept)
