@@ -26,7 +26,7 @@ from .growth import growth
 from .moe.experts import Experts
 from .moe.layer import ROUTERS, MoELinear, released
 from .moe.signal import Context, Penalties
-from .rivals import BLOCK, NAMES, TRAINED, XLORA, answer_of, job_of, step_of
+from .rivals import BLOCK, NAMES, PROTOTYPES, TRAINED, XLORA, answer_of, job_of, step_of
 from .timing import Ratio, peak_bytes, side_by_side, summed_up
 
 
@@ -101,6 +101,7 @@ def layer_groups() -> Iterator[Group]:
     yield group(base, ("two stages, penalty, D 64", 1.15, two), ("two stages, penalty, D 32", None, {"attention_dim": 32}),
                 ("two stages, no penalty", None, {**two, "regularize": False}), ("released preset", None, official),
                 ("constant weights", 1.05, {"router": "constant"}))
+    yield group(dataclasses.replace(base, experts=32), (PROTOTYPES, 1.2, {"router": "instruction", "shared": 16}))
     others: dict[str, dict[str, Any]] = {
         "no dropout": {"dropout": 0.0}, "forwards only": {"backward": False}, "width 256": {"width": 256},
         "width 2048": {"width": 2048, "samples": 1}, "64 tokens": {"tokens": 64}, "1024 tokens": {"tokens": 1024, "samples": 1},
@@ -130,13 +131,13 @@ def scale_groups() -> Iterator[Group]:
 # %% ../nbs/14i_bench.ipynb #dd1da3e6
 def step_groups() -> Iterator[Group]:
     "A training step."
-    targets = {"our LoRA": 1.05, "StrLoRA": 1.3, BLOCK: 1.3}
+    targets = {"our LoRA": 1.05, "StrLoRA": 1.3, BLOCK: 1.3, PROTOTYPES: 1.3}
     yield "LoRA", {name: (step_of(job_of(*words)), targets.get(name)) for name, words in TRAINED.items()}
 
 
 def generate_groups() -> Iterator[Group]:
     "Generation: nine tenths of the tokens in the same time are 1/0.9 of the time for the same tokens."
-    targets = {"StrLoRA": 1 / 0.9, BLOCK: 1 / 0.9}
+    targets = dict.fromkeys(("StrLoRA", BLOCK, PROTOTYPES), 1 / 0.9)
     yield "LoRA", {name: (answer_of(job_of(*words)), targets.get(name)) for name, words in NAMES.items()}
 
 

@@ -7,7 +7,7 @@ from strlora import checkpoint, runs
 from strlora.core import SpecError
 from strlora.methods.ewc import fisher_information
 from strlora.backbones.collate import Collator
-from strlora.methods.hold import shared_rows
+from strlora.methods.hold import shared_weights
 from strlora.methods.prototypes import image_vectors
 from strlora.trainer import Watcher
 from strlora.tuner.call import CALL
@@ -65,10 +65,24 @@ def test_strength_is_the_fisher_where_weights_stand_still(base):
     run, hold = job.trainer, job.trainer.parts["penalty"]
     run.fit(job.seen)
     true = fisher_information(run, list(range(len(run.samples))))
-    assert set(hold.fisher) == {name for name, *_ in shared_rows(job.model, 4)} and any(f.any() for f in hold.fisher.values())
-    for name, p, _ in shared_rows(job.model, 4):
-        full = next(n for n, q in job.model.named_parameters() if q is p)
-        torch.testing.assert_close(hold.fisher[name], true[full][:4], rtol=1e-3, atol=1e-6)
+    names = [n for n, _ in job.model.named_parameters() if ".strlora_experts." in n]
+    expected = torch.cat([true[n][:4].flatten() for n in names])
+    assert expected.any()
+    torch.testing.assert_close(hold.fisher, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_springs_do_not_count_as_evidence(base):
+    job = session(base, *METHOD, "stream.chunks=2", "batch_size=1", "lr=0", "lr_later=0", "lora_dropout=0.0", "hold_weight=1e4")
+    run, hold = job.trainer, job.trainer.parts["penalty"]
+    run.train_chunk(job.seen.chunks[0], Watcher())
+    first = hold.fisher.clone()
+    with torch.no_grad():
+        for own in shared_weights(job.model, 4): own.add_(0.05 * torch.randn_like(own))
+    run.chunk, run.step = 2, 0
+    run.train_chunk(job.seen.chunks[1], Watcher())
+    true = fisher_information(run, list(range(len(run.samples))))
+    names = [n for n, _ in job.model.named_parameters() if ".strlora_experts." in n]
+    torch.testing.assert_close(hold.fisher - first, torch.cat([true[n][:4].flatten() for n in names]), rtol=1e-2, atol=1e-5)
 
 
 def test_the_pull_is_towards_the_anchor_and_reaches_shared_experts_only(base):
@@ -78,12 +92,13 @@ def test_the_pull_is_towards_the_anchor_and_reaches_shared_experts_only(base):
     batch = run.batch(run.samples[:2])
     assert hold.loss(run, batch, None)["hold"] == 0, "at the anchor nothing pulls"
     with torch.no_grad():
-        for _, _, own in shared_rows(job.model, 4): own += 0.1
+        for own in shared_weights(job.model, 4): own.add_(0.1)
     term = hold.loss(run, batch, None)["hold"]
-    expected = hold.weight / 2 * 0.01 * sum(float(f.sum()) for f in hold.fisher.values())
+    expected = hold.weight / 2 * 0.01 * hold.fisher.sum().item()
     assert term.item() == pytest.approx(expected, rel=1e-3)
     term.backward()
-    for _, p, _ in shared_rows(job.model, 4): assert not p.grad[4:].any() and (p.grad[:4] >= 0).all()
+    for bank in banks(job).values():
+        for p in bank.parameters(): assert not p.grad[4:].any() and (p.grad[:4] >= 0).all()
 
 
 @pytest.mark.parametrize("pair", ["picture=0.5", "oracle_task_id=true"])

@@ -121,7 +121,7 @@ def test_more_knobs_than_the_budget_are_refused(monkeypatch):
 
 
 def test_seeds_are_kept_apart(place):
-    assert not set(TUNING_SEEDS) & set(REPORTING_SEEDS) and set(REPORTING_SEEDS) == set(range(10))
+    assert not set(TUNING_SEEDS) & set(REPORTING_SEEDS) and set(REPORTING_SEEDS) == set(range(20))
     file = Path("experiments/mini/windows/lora.toml")
     file.write_text(file.read_text().replace("chunks = 2", "chunks = 2\nseed = 3"))
     code, _, err = said("tune", "lora", "--limit", "1")

@@ -15,13 +15,13 @@ from .base import Part, Training
 from ..tuner.state import layers_of
 
 # %% auto #0
-__all__ = ['lazy_step', 'LazySteps']
+__all__ = ['lazy_step', 'table', 'LazySteps']
 
-# %% ../../nbs/13l_lazy.ipynb #c98a408e
+# %% ../../nbs/13l_lazy.ipynb #dcc03819
 @torch.no_grad()
 def lazy_step(
-    weights: Sequence[Tensor],       # tensors of one bank, one row an expert [e, ...]; those without a gradient stay
-    state: dict[Any, dict[str, Tensor]],  # of the optimizer, by tensor; moments and counts are kept here
+    weights: Sequence[Tensor],       # tensors of the banks, one row an expert [e, ...]; those without a gradient stay
+    state: dict[Any, dict[str, Tensor]],  # of the optimizer; moments [e, n] and counts [e] are kept under the first tensor
     lr: float,                       # learning rate
     betas: tuple[float, float],      # decay of both moments
     eps: float,                      # added to the root of the second moment
@@ -30,32 +30,37 @@ def lazy_step(
     "AdamW in which every expert has its own count of steps, and only those that a gradient reached take one."
     weights = [w for w in weights if w.grad is not None]
     if not weights: return
-    took_part = torch.stack([w.grad.flatten(1).abs().amax(1) > 0 for w in weights]).any(0)
-    for w in weights:
-        g, kept = w.grad.float(), state[w]
-        if not kept: kept |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g), "step": g.new_zeros(len(g))}
-        m, v, one = kept["exp_avg"], kept["exp_avg_sq"], took_part.view(-1, *[1] * (g.dim() - 1)).to(g)
-        kept["step"] += took_part
-        n = kept["step"].clamp(min=1).view_as(one)
-        m += one * (1 - betas[0]) * (g - m)
-        v += one * (1 - betas[1]) * (g * g - v)
-        step = m / (1 - betas[0] ** n) / ((v / (1 - betas[1] ** n)).sqrt() + eps)
-        w -= (lr * one * (step + decay * w)).to(w.dtype)
-        w.grad = None  # the optimizer leaves it alone
+    g, kept = table([w.grad for w in weights]), state[weights[0]]
+    if not kept: kept |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g), "step": g.new_zeros(len(g))}
+    one = (g != 0).any(1, keepdim=True).to(g)
+    kept["step"] += one[:, 0]
+    n, m, v = kept["step"].clamp(min=1)[:, None], kept["exp_avg"], kept["exp_avg_sq"]
+    m += (1 - betas[0]) * one * (g - m)
+    v += (1 - betas[1]) * one * (g * g - v)
+    step = m / (1 - betas[0] ** n) / ((v / (1 - betas[1] ** n)).sqrt() + eps) + decay * table(weights)
+    parts = (lr * one * step).split([w[0].numel() for w in weights], 1)
+    torch._foreach_sub_(weights, [part.view_as(w).to(w.dtype) for part, w in zip(parts, weights)])
+    for w in weights: w.grad = None  # the optimizer leaves it alone
 
-# %% ../../nbs/13l_lazy.ipynb #f39a5312
+
+def table(
+    tensors: Sequence[Tensor],  # one row an expert [e, ...]
+) -> Tensor:                    # float32 [e, n]
+    "All numbers of an expert in one row."
+    return torch.cat([t.flatten(1).float() for t in tensors], 1)
+
+# %% ../../nbs/13l_lazy.ipynb #baa80f06
 class LazySteps(Part):
     "The experts' steps are taken one expert at a time; everything else is the optimizer's."
     hook: Any = None
 
     def stream_start(self, run: Training) -> None:
-        banks = [layer.strlora_experts[a] for layer in layers_of(run.model) for a in layer.active_adapters]
+        weights = [p for layer in layers_of(run.model) for a in layer.active_adapters for p in layer.strlora_experts[a].parameters()]
         optimizer = getattr(run.optimizer, "optimizer", run.optimizer)  # Accelerate wraps it
 
         def first(*_: Any) -> None:
             group = next(g for g in optimizer.param_groups if g["kind"] == "adapter")
-            for bank in banks:
-                lazy_step([*bank.parameters()], optimizer.state, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+            lazy_step(weights, optimizer.state, group["lr"], group["betas"], group["eps"], group["weight_decay"])
 
         if self.hook is not None: self.hook.remove()
         self.hook = optimizer.register_step_pre_hook(first)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GEOMETRIES', 'geometry', 'Instructions', 'InstructionRouter']
 
-# %% ../../nbs/07f_instruct.ipynb #21620586
+# %% ../../nbs/07f_instruct.ipynb #3624a460
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core import SpecError, unknown
 from .experts import Routing
 from .pseudo import FullPrecision, PseudoTasks
-from .signal import Context, once
+from .signal import Context
 
 # %% ../../nbs/07f_instruct.ipynb #79282935
 GEOMETRIES = ("whiten", "centre", "none")
@@ -34,7 +34,7 @@ def geometry(
     values, vectors = torch.linalg.eigh(off.mT @ off / len(off))
     return centre, (vectors * (values + shrink * values.mean()).rsqrt()) @ vectors.mT
 
-# %% ../../nbs/07f_instruct.ipynb #e52ebf58
+# %% ../../nbs/07f_instruct.ipynb #85b6ba74
 class Instructions(FullPrecision):
     "Prototypes of what has been asked so far, by text and picture; one for all routers of an adapter."
 
@@ -75,10 +75,10 @@ class Instructions(FullPrecision):
         return self.seen.observe(self.describe(vectors, pictures), ids)
 
     def prototype_of(self, context: Context) -> Tensor:
-        "The nearest prototype of each sample; decided once a generation [b]."
-        return once(context, self, lambda: self.seen.assign(self.describe(context.instruction, context.picture)))
+        "The nearest prototype of each sample [b]."
+        return self.seen.assign(self.describe(context.instruction, context.picture))
 
-# %% ../../nbs/07f_instruct.ipynb #6b176ef0
+# %% ../../nbs/07f_instruct.ipynb #a951ed8c
 class InstructionRouter(nn.Module):
     "k experts a sample by the prototype of what it asks, and some that all samples use."
     reads_instruction = True
@@ -119,12 +119,19 @@ class InstructionRouter(nn.Module):
         hidden: Tensor,    # hidden states, which are not read
         context: Context,  # the call's context
     ) -> Routing:          # weights [b, 1, e]
-        "The same experts for all tokens of a sample."
-        task = self.instructions.prototype_of(context).to(hidden.device)
+        "The same experts for all tokens of a sample; the same for all routers of an adapter, so it is decided once a call."
+        made = context.shared if context.memory is None else context.memory
+        key = (self.instructions, hidden.device, len(context.instruction))
+        if key not in made: made[key] = self.decide(context, hidden.device)
+        return made[key]
+
+    def decide(self, context: Context, device: torch.device) -> Routing:
+        "The routing of a call."
+        task = self.instructions.prototype_of(context).to(device)
         chosen = self.experts_of(task)
-        weights = torch.zeros(len(task), self.experts, device=hidden.device).scatter(1, chosen, self.gate)
+        weights = torch.zeros(len(task), self.experts, device=device).scatter(1, chosen, self.gate)
         weights[:, :self.shared] = 1.0
-        always = torch.arange(self.shared, device=hidden.device).expand(len(task), -1)
+        always = torch.arange(self.shared, device=device).expand(len(task), -1)
         return Routing(weights[:, None], weights > 0, indices=torch.cat([always, chosen], 1), task=task)
 
     def update_ema(self) -> None:

@@ -72,6 +72,7 @@ class Context:
     memory: dict[Any, Any] | None = None  # what this generation has decided; None outside of one
     task: Tensor | None = None          # number of the (pseudo-)task of each sample, where it is given from outside [b]
     picture: Tensor | None = None       # mean of the projected image features, float32; None if nobody asks for it [b, d]
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False)  # what routers of this call decide together, without gradient
     normed: Tensor = field(init=False, repr=False)  # the instruction vectors, layer-normed once for all routers [b, d_text]
     shares: Tensor | None = field(init=False, repr=False, default=None)  # of each real token in a mean over all, as `tokens` [b, t]
 

@@ -54,7 +54,8 @@ def fitted(
         names = ("instruction", "tokens", "images", "prompt", "task", "picture")
         moved = {n: v.to(device) for n in names if (v := getattr(context, n)) is not None}
         context = dataclasses.replace(context, **moved)
-    other = {n: None for n in ("tokens", "images", "prompt") if (mask := getattr(context, n)) is not None and x.shape[:-1] != mask.shape}
+    masks = ((n, getattr(context, n)) for n in ("tokens", "images", "prompt"))
+    other: dict[str, Any] = {n: None for n, mask in masks if mask is not None and x.shape[:-1] != mask.shape}
     return dataclasses.replace(context, **other) if other else context
 
 # %% ../../nbs/08b_tuner_layer.ipynb #7efe3953
