@@ -26,7 +26,7 @@ from .spec import EXECUTION
 # %% ../nbs/14b_again.ipynb #35dadc57
 def ask_again(
     folder: str | Path,                # of a run with a checkpoint
-    splits: Sequence[str],             # "proxy", "full"
+    splits: Sequence[str],             # "proxy", "full", "held_out"
     limit: int | None = None,          # at most so many questions a task; then no answer is stored
     changes: Mapping[str, Any] = {},   # dotted settings of asking → other values
 ) -> dict[str, dict[str, float]]:      # split → task → score in points of 100
@@ -40,7 +40,7 @@ def ask_again(
 def asked(
     folder: Path,                # of the run, which no other process writes if answers are stored
     info: Mapping[str, Any],     # its run.json
-    splits: Sequence[str],       # "proxy", "full"
+    splits: Sequence[str],       # "proxy", "full", "held_out"
     limit: int | None,           # at most so many questions a task
     changes: Mapping[str, Any],  # dotted settings of asking → other values
     stores: bool,                # put the answers into the run
@@ -57,7 +57,7 @@ def asked(
 # %% ../nbs/14b_again.ipynb #613615dd
 def what(
     folder: str | Path,        # of a run
-    splits: Sequence[str],     # "proxy", "full"
+    splits: Sequence[str],     # "proxy", "full", "held_out"
     limit: int | None = None,  # at most so many questions a task
 ) -> dict[str, Any]:           # run, chunks trained, questions a split
     "What `ask_again` would ask."
@@ -67,7 +67,8 @@ def what(
         at = checkpoint.load(folder/"checkpoint", info["spec"], EXECUTION)[1]["position"]
         chunk = at["chunk"] - (not at["trained"])
     tests = read_json(folder/"stream.json")["tests"].values()
-    counts = {f"{split} questions": sum(min(test[split], limit or test[split]) for test in tests) for split in splits}
+    sizes = {split: [test["proxy" if split == "proxy" else "full"] for test in tests] for split in splits}
+    counts = {f"{split} questions": sum(min(n, limit or n) for n in found) for split, found in sizes.items()}
     return {"run": str(folder), "method": spec.method, "status": info["status"], "chunk": f"after {chunk} of {spec.stream.chunks}",
             **counts, "stored": info["status"] == "finished" and limit is None}
 

@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
     p = _verb(verbs, "eval", "ask the trained model of a run again")
     p.add_argument("run", metavar="RUN", help="folder of the run")
-    p.add_argument("--split", choices=["proxy", "full", "both"], default="full", help="which questions (default: full)")
+    p.add_argument("--split", choices=["proxy", "full", "both", "held_out"], default="full",
+                   help="which questions; held_out: the full sets in words that training never shows (default: full)")
     p.add_argument("--limit", type=int, metavar="N", help="at most N questions a task; the run's answers stay as they are")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="eval.prompts or train.threads")
     p.add_argument("--dry-run", action="store_true", help="say what would be asked and stop")

@@ -248,8 +248,7 @@ class Job:
     def questions(self, split: str, limit: int | None = None) -> list[Prompts]:
         "The test prompts of a split, at most `limit` of a task, prepared once."
         if (split, limit) in self.prepared: return self.prepared[split, limit]
-        places = {task: range(len(t.samples)) if split == "full" else t.proxy for task, t in self.stream.tests.items()}
-        samples = [self.stream.tests[task].samples[i] for task, found in places.items() for i in found[:limit]]
+        samples = [sample for found in self.stream.tested(split).values() for sample in found[:limit]]
         most = self.spec.eval.max_new_tokens
         self.prepared[split, limit] = prepare(samples, self.collate, self.encode, self.spec.eval.prompts,
                                               (lambda sample: most) if most else limit_of)

@@ -365,3 +365,15 @@ def test_the_data_layer_needs_no_torch():
                "len(s.chunks[0].samples); print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_same_questions_in_words_that_training_never_shows():
+    stream = bench.mini_stream("windows", 0, chunks=2, chunk_size=22, test_size=12, proxy_size=4)
+    usual, other = stream.tested("full"), stream.tested("held_out")
+    assert {task: len(found) for task, found in stream.tested("proxy").items()} == dict.fromkeys(stream.tasks, 4)
+    for task in stream.tasks:
+        assert [(s.answer, s.form) for s in usual[task]] == [(s.answer, s.form) for s in other[task]]
+        asked = {form.name: form for form in questions.FORMS[task]}
+        for s in other[task]: assert not asked[s.form].held_out or s.instruction not in {u.instruction for u in usual[task]}
+    with pytest.raises(SpecError, match="split"): stream.tested("hidden")
+    with pytest.raises(SpecError, match="other phrasings"): dataclasses.replace(stream, rephrased=None).tested("held_out")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core import SpecError, unknown
 from .records import Sample
 
 # %% ../../nbs/01b_stream.ipynb #d7306c17
@@ -71,6 +72,17 @@ class Stream:
     tasks: tuple[str, ...]
     plan: tuple[dict[str, int], ...]    # composition of every chunk, known before any sample is made
     source: dict[str, Any] = field(default_factory=dict)  # files it was read from: their hash, remarks; empty: made in memory
+    rephrased: Callable[[], dict[str, TestSet]] | None = None  # makes test sets that ask in words training never shows; None: there are none
+
+    def tested(self, split: str) -> dict[str, list[Sample]]:
+        "The questions of each task: the fixed `proxy`, the `full` test set, or `held_out` phrasings."
+        if split == "proxy": return {task: test.proxy_samples for task, test in self.tests.items()}
+        if split == "full": return {task: list(test.samples) for task, test in self.tests.items()}
+        if split != "held_out": raise unknown("split", split, ("proxy", "full", "held_out"))
+        if self.rephrased is None:
+            raise SpecError(expected="a stream with other phrasings", found=f"{self.name} from files" if self.source else self.name,
+                            where="split held_out", remedy="Streams of the mini benchmark that are made in memory have them.")
+        return {task: list(test.samples) for task, test in self.rephrased().items()}
 
     def manifest(self) -> dict[str, Any]:
         "What a run records about its stream: plain values for JSON."

@@ -110,10 +110,14 @@ def mini_stream(
     table = plan(name, seed, chunks, chunk_size, TASK_NAMES)
     rows = tuple({task: int(n) for task, n in zip(TASK_NAMES, row, strict=True) if n} for row in table)
     make = functools.partial(_chunk, rows, f"strcvit-mini {name} {seed} {chunks} {chunk_size}", style)
-    tests = {task: test_set(task, test_size, proxy_size, style) for task in TASK_NAMES}
-    return Stream(name, seed, Lazy(chunks, make), tests, TASK_NAMES, rows)
+    tested = functools.partial(_tests, test_size, proxy_size, style)
+    return Stream(name, seed, Lazy(chunks, make), tested(False), TASK_NAMES, rows, rephrased=functools.partial(tested, True))
 
 # %% ../../../nbs/01h_mini.ipynb #7aeb06c7
+def _tests(size: int, proxy: int, style: str, held_out: bool) -> dict[str, TestSet]:
+    return {task: test_set(task, size, proxy, style, held_out) for task in TASK_NAMES}
+
+
 def _chunk(rows: tuple[dict[str, int], ...], key: str, style: str, i: int) -> Chunk:
     rng = random.Random(f"{key} {i}")
     samples = [sample for task, n in rows[i].items() for sample in make_samples(task, n, rng, style=style)]
