@@ -72,7 +72,7 @@ class Stream:
     tasks: tuple[str, ...]
     plan: tuple[dict[str, int], ...]    # composition of every chunk, known before any sample is made
     source: dict[str, Any] = field(default_factory=dict)  # files it was read from: their hash, remarks; empty: made in memory
-    rephrased: Callable[[], dict[str, TestSet]] | None = None  # makes test sets that ask in words training never shows; None: there are none
+    rephrased: Callable[[], dict[str, TestSet]] | None = None  # makes test sets in words that training never shows
 
     def tested(self, split: str) -> dict[str, list[Sample]]:
         "The questions of each task: the fixed `proxy`, the `full` test set, or `held_out` phrasings."
