@@ -1,7 +1,10 @@
 "Prototypes of instructions, experts that move alone, and what holds the shared ones."
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from small import make_base, rows, session, short_spec, timeless
+from test_tuner import plain, prompt
+from tiny import batch, internvl, stir
 
 from strlora import checkpoint, runs
 from strlora.core import SpecError
@@ -11,6 +14,8 @@ from strlora.methods.hold import shared_weights
 from strlora.methods.prototypes import image_vectors
 from strlora.trainer import Watcher
 from strlora.tuner.call import CALL
+from strlora.tuner.config import StrLoraConfig
+from strlora.tuner.root import instruction_of
 from strlora.tuner.state import layers_of
 
 METHOD = ("method=strlora_prototypes", "r=16", "num_experts=16", "shared=4", "stream.chunks=4", "chunk_size=24", "lr=1e-2", "lr_later=1e-2")
@@ -145,3 +150,43 @@ def test_pictures_are_what_the_language_model_gets(base):
     torch.testing.assert_close(torch.cat(seen), kept)
     run.encode, run.collate = None, Collator(job.processor, images=True)  # pictures pass through every time
     torch.testing.assert_close(image_vectors(run, samples), kept)
+
+
+# ---------------------------------------------------------------- with PEFT alone
+
+@pytest.fixture
+def adapted():
+    "A model of another kind, whose prototypes have seen the instructions of a batch."
+    torch.manual_seed(0)
+    model = stir(get_peft_model(internvl(), StrLoraConfig.prototypes(r=16, num_experts=16, shared=4, lora_alpha=32, picture=0.5, task_type="CAUSAL_LM")))
+    given = batch(model, rows=4, words=8)
+    vectors = instruction_of(model.base_model.model, given["instruction_mask"], given["input_ids"], None)
+    found = model.base_model.observe(vectors, torch.zeros_like(vectors))
+    return model.eval(), given, vectors, found
+
+
+def test_saved_prototypes_are_loaded(adapted, tmp_path):
+    model, given, _, found = adapted
+    assert found.unique().numel() > 1
+    with model.base_model.record_routing() as rows, torch.no_grad(): expected = model(**given).logits
+    assert {layer for layer, _, _ in rows} and all(torch.equal(r.weights, rows[0][2].weights) for _, _, r in rows)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(internvl(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**given).logits, expected)
+        with loaded.disable_adapter(): assert torch.equal(loaded(**plain(given)).logits, internvl()(**plain(given)).logits)
+    half = PeftModel.from_pretrained(internvl(), tmp_path).to(torch.bfloat16)
+    router = layers_of(half)[0].strlora_router["default"]
+    assert torch.equal(router.instructions.seen.means, layers_of(model)[0].strlora_router["default"].instructions.seen.means)
+
+
+def test_a_generation_keeps_the_experts_of_its_prompt(adapted):
+    model, given, _, _ = adapted
+    asked = prompt({k: v for k, v in given.items() if k != "labels"})
+    with torch.no_grad(), model.base_model.record_routing() as rows: model.generate(**asked, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert len(rows) > 14 and all(torch.equal(r.weights, rows[0][2].weights) for _, _, r in rows)
+
+
+def test_only_prototypes_are_observed():
+    model = get_peft_model(internvl(), StrLoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
+    with pytest.raises(SpecError, match="prototypes"): model.base_model.observe(torch.zeros(2, 32))
