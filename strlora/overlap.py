@@ -14,14 +14,15 @@ import pandas as pd
 
 from .core import SpecError
 
-# %% ../nbs/16d_overlap.ipynb #7d56f559
+# %% ../nbs/16d_overlap.ipynb #4d64e7f1
 def shares(
     routing: pd.DataFrame,   # of a run: after_chunk, layer, task, expert, weight
     after_chunk: int | None = None,  # None: the last that was recorded
 ) -> pd.DataFrame:           # layer and task x expert, each row with sum one
     "How each task divides among the experts of each layer."
     if routing is None or not len(routing):
-        raise SpecError(expected="a record of routing", found="none", where="shares", remedy="Methods with one expert have nothing to choose.")
+        raise SpecError(expected="a record of routing", found="none", where="shares",
+                        remedy="Methods with one expert have nothing to choose.")
     last = routing[routing["after_chunk"] == (routing["after_chunk"].max() if after_chunk is None else after_chunk)]
     table = last.pivot(index=["layer", "task"], columns="expert", values="weight")
     return table.div(table.sum(axis=1), axis=0)
