@@ -250,7 +250,7 @@ def do_methods(args: argparse.Namespace) -> int:
     rows = describe()
     if args.json: print(json.dumps(rows, indent=1))
     else:
-        for row in rows: print(f"{row['name']:<18}{row['summary']}\n{'':<18}parts: {', '.join(row['parts']) or 'none'}"
+        for row in rows: print(f"{row['name']:<20}{row['summary']}\n{'':<20}parts: {', '.join(row['parts']) or 'none'}"
                                f"{'; keeps samples of earlier chunks (memory)' if row['memory'] else ''}")
     return 0
 
