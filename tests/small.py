@@ -2,8 +2,10 @@
 import os
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 
+from strlora import checkpoint, runs
 from strlora.job import Job
 from strlora.backbones.mini import build_model, build_processor, build_tokenizer
 from strlora.data.mini.captions import vocabulary
@@ -41,3 +43,23 @@ def rows(folder, name="predictions"):
 def timeless(found):
     "Rows of train.parquet without what differs from run to run."
     return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
+
+
+def check_resumed(spec, folder, monkeypatch, kept):
+    "A run that is stopped at its fifth step and resumed is a whole one, to the last bit; `kept` is part of a tensor's name in its adapter."
+    runs.start(spec, folder/"whole")
+    true = runs.Recorder.step_done
+
+    def stop(self, run, row):
+        true(self, run, row)
+        if run.total == 5: raise KeyboardInterrupt
+    monkeypatch.setattr(runs.Recorder, "step_done", stop)
+    with pytest.raises((KeyboardInterrupt, runs.Interrupted)): runs.start(spec, folder/"run")
+    monkeypatch.undo()
+    runs.resume(folder/"run")
+    assert rows(folder/"run") == rows(folder/"whole")
+    assert timeless(rows(folder/"run", "train")) == timeless(rows(folder/"whole", "train"))
+    (a, one), (b, other) = (checkpoint.load(folder/name/"checkpoint") for name in ("run", "whole"))
+    assert all(torch.equal(a[n], b[n]) for n in a) and any(kept in n for n in a)
+    (plain, tensors), (same, others) = (checkpoint.pack(state["parts"]) for state in (one, other))
+    assert plain == same and all(torch.equal(v, others[n]) for n, v in tensors.items())

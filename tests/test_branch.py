@@ -4,10 +4,10 @@ import dataclasses
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from small import make_base, rows, session, short_spec, timeless
+from small import check_resumed, make_base, session, short_spec
 from tiny import batch, gemma3, internvl, stir
 
-from strlora import checkpoint, runs
+from strlora import checkpoint
 from strlora.core import SignalError, SpecError
 from strlora.methods.branchlora import BranchLoraSettings, branchlora_adapter, keys_of, routed
 from strlora.moe.branch import BranchExperts, BranchRouter, Held, count_usage, freeze_most_used
@@ -310,22 +310,7 @@ def test_over_a_stream_frozen_branches_and_absent_routers_stand_still_and_new_on
     pytest.param(("oracle_task_id=true", "thaw_on_recur=true"), id="oracle", marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_is_uninterrupted(base, tmp_path, monkeypatch, pairs):
     spec = short_spec(base, "method=branchlora", "max_tasks=6", "optimizer_state=carry", *pairs)
-    runs.start(spec, tmp_path/"whole")
-    true = runs.Recorder.step_done
-
-    def stop(self, run, row):
-        true(self, run, row)
-        if run.total == 5: raise KeyboardInterrupt
-    monkeypatch.setattr(runs.Recorder, "step_done", stop)
-    with pytest.raises((KeyboardInterrupt, runs.Interrupted)): runs.start(spec, tmp_path/"run")
-    monkeypatch.undo()
-    runs.resume(tmp_path/"run")
-    assert rows(tmp_path/"run") == rows(tmp_path/"whole")
-    assert timeless(rows(tmp_path/"run", "train")) == timeless(rows(tmp_path/"whole", "train"))
-    (a, one), (b, other) = (checkpoint.load(tmp_path/name/"checkpoint") for name in ("run", "whole"))
-    assert all(torch.equal(a[n], b[n]) for n in a) and any("keys.tasks.means" in n for n in a)
-    assert checkpoint.pack(one["parts"])[0] == checkpoint.pack(other["parts"])[0]
-    assert all(torch.equal(v, checkpoint.pack(other["parts"])[1][n]) for n, v in checkpoint.pack(one["parts"])[1].items())
+    check_resumed(spec, tmp_path, monkeypatch, "keys.tasks.means")
 
 
 @pytest.mark.parametrize("pair", ["boundary=chunk", "oracle_task_id=true"])

@@ -2,11 +2,10 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from small import make_base, rows, session, short_spec, timeless
+from small import check_resumed, make_base, session, short_spec
 from test_tuner import plain, prompt
 from tiny import batch, internvl, stir
 
-from strlora import checkpoint, runs
 from strlora.core import SpecError
 from strlora.methods.ewc import fisher_information
 from strlora.backbones.collate import Collator
@@ -109,21 +108,7 @@ def test_the_pull_is_towards_the_anchor_and_reaches_shared_experts_only(base):
 @pytest.mark.parametrize("pair", ["picture=0.5", "oracle_task_id=true"])
 def test_interrupted_and_resumed_is_uninterrupted(base, tmp_path, monkeypatch, pair):
     spec = short_spec(base, *METHOD[:4], "optimizer_state=carry", pair)
-    runs.start(spec, tmp_path/"whole")
-    true = runs.Recorder.step_done
-
-    def stop(self, run, row):
-        true(self, run, row)
-        if run.total == 5: raise KeyboardInterrupt
-    monkeypatch.setattr(runs.Recorder, "step_done", stop)
-    with pytest.raises((KeyboardInterrupt, runs.Interrupted)): runs.start(spec, tmp_path/"run")
-    monkeypatch.undo()
-    runs.resume(tmp_path/"run")
-    assert rows(tmp_path/"run") == rows(tmp_path/"whole")
-    assert timeless(rows(tmp_path/"run", "train")) == timeless(rows(tmp_path/"whole", "train"))
-    (a, one), (b, other) = (checkpoint.load(tmp_path/name/"checkpoint") for name in ("run", "whole"))
-    assert all(torch.equal(a[n], b[n]) for n in a) and any("instructions.seen.means" in n for n in a)
-    assert all(torch.equal(v, checkpoint.pack(other["parts"])[1][n]) for n, v in checkpoint.pack(one["parts"])[1].items())
+    check_resumed(spec, tmp_path, monkeypatch, "instructions.seen.means")
 
 
 def test_one_prototype_for_each_task_if_the_task_is_told(base):

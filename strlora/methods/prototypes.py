@@ -17,14 +17,14 @@ from .base import AdapterSettings, Method, Part, Training, check_number, evaluat
 @dataclasses.dataclass(frozen=True)
 class PrototypeSettings(AdapterSettings):
     "Experts for prototypes of what is asked, and experts for everything."
-    num_experts: int = sourced(32, "ours: experts of rank 2; best of four splits tried on seed 100", "experts that share the rank")
-    shared: int = sourced(16, "ours: half of the rank; best of four splits tried on seed 100", "experts that every sample uses")
-    top_k: int = sourced(1, "ours: with 4 of 16 and nothing shared, tasks overlap and forget", "experts of a prototype")
+    num_experts: int = sourced(32, "ours: experts of rank 2; by hand on one tuning seed, a lead only", "experts that share the rank")
+    shared: int = sourced(16, "ours: half of the rank; by hand on one tuning seed, a lead only", "experts that every sample uses")
+    top_k: int = sourced(1, "ours: prototypes have nothing in common but what is shared", "experts of a prototype")
     gate: float = sourced(8.0, "ours: makes up for the small rank; the search tries 4",
                           "weight of a prototype's experts; that of shared ones is 1")
     hold_weight: float = sourced(30.0, "ours: a first guess, the search tries 10 and 100",
                                  "strength with which the shared experts are held")
-    geometry: Literal["whiten", "centre", "none"] = sourced("whiten", "ours: no matter here, much where tables have a common direction",
+    geometry: Literal["whiten", "centre", "none"] = sourced("whiten", "ours: little matter here; for tables with a common direction",
                                                             "coordinates in which instructions are compared")
     threshold: float = sourced(0.7, "ours: one or two prototypes a task of the mini benchmark",
                                "an instruction with a smaller cosine to every prototype begins a new one")
