@@ -171,7 +171,7 @@ def make_stream(
     spec: RunSpec,        # stream, seed, method
 ) -> tuple[Any, Any]:     # as the stream is, and as the method sees it
     "The stream of a spec, and what the method's wrapper makes of it."
-    from strlora.data.mini.bench import joint_samples, mini_stream
+    from strlora.data.mini.bench import joint_samples, mini_stream, style_of
     config, wrapper = spec.stream, METHODS[spec.method].stream
     seed = spec.seed if config.seed is None else config.seed
     sizes = {name: getattr(config, name) for name in ("chunks", "chunk_size", "test_size", "proxy_size")}
@@ -181,7 +181,7 @@ def make_stream(
         balanced = functools.partial(balanced_samples, stream=stream, seed=seed)
     else:
         stream = mini_stream(config.name, seed=seed, **sizes)
-        balanced = functools.partial(joint_samples, seed=seed, style="shared" if config.name == "strcvit" else "own")
+        balanced = functools.partial(joint_samples, seed=seed, style=style_of(config.name))
     for task in stream.tests:
         if task not in KNOWN: raise unknown("task", task, KNOWN, f"{config.data}: test set")
     return stream, wrapper(stream, balanced, spec.settings, spec.seed) if wrapper else stream

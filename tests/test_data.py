@@ -201,6 +201,30 @@ def test_sizes_that_cannot_be(change):
     with pytest.raises(SpecError, match=next(iter(change))): bench.mini_stream(**change)
 
 
+@pytest.mark.parametrize("name", bench.ALIKE)
+def test_ambiguous_words_change_nothing_else(name):
+    plain, alike = small(), small(name)
+    assert alike.plan == plain.plan and alike.name == name
+    for one, other in zip(all_samples(plain), all_samples(alike), strict=True):
+        assert (one.task, one.form, one.answer, pixels(one)) == (other.task, other.form, other.answer, pixels(other))
+    texts = {stream.name: len({s.instruction for s in all_samples(stream)}) for stream in (plain, alike)}
+    assert texts[name] <= texts["windows"] and texts[name] > 10
+
+
+def test_steps_of_ambiguity_are_steps():
+    "With every step fewer words tell tasks apart."
+    words = [len({word for s in all_samples(small(name)) for word in s.instruction.split()}) for name in ("windows", *bench.ALIKE)]
+    assert words == sorted(words, reverse=True) and len(set(words)) == 5
+
+
+def test_all_names_of_streams_are_known_everywhere():
+    from typing import get_args, get_type_hints
+
+    from strlora.data.layout import NAMES
+    from strlora.settings import StreamConfig
+    assert set(bench.STREAMS) == set(NAMES) == set(get_args(get_type_hints(StreamConfig)["name"]))
+
+
 def test_unknown_stream():
     with pytest.raises(SpecError, match="windows"): bench.mini_stream("windwos")
 

@@ -40,6 +40,15 @@ def test_paper_specs_are_what_the_tool_writes():
     for p in PAPER: assert p.read_text(encoding="utf-8") == tool.text(p.parent.name, p.stem), f"run tools/make_paper_specs.py: {p}"
 
 
+def test_specs_of_other_streams_are_what_the_tool_writes():
+    found = importlib.util.spec_from_file_location("make_stream_specs", Path(__file__).parents[1]/"tools"/"make_stream_specs.py")
+    moving = importlib.util.module_from_spec(found)
+    found.loader.exec_module(moving)
+    here = {p.stem: p.read_text(encoding="utf-8") for p in EXPERIMENTS if p.parts[-2] == "windows"}
+    there = {(p.parts[-2], p.stem): p.read_text(encoding="utf-8") for p in EXPERIMENTS if p.parts[-3] == "mini" and p.parts[-2] != "windows"}
+    assert there == {(s, m): moving.moved(text, m, s) for m, text in here.items() for s in moving.STREAMS}, "run tools/make_stream_specs.py"
+
+
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: "/".join(p.parts[-2:]))
 def test_paper_specs_follow_the_released_protocol(path):
     spec = resolve(load(path), path)

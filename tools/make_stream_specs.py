@@ -1,0 +1,30 @@
+"Write experiments/mini of the other streams: the settings that the search chose on `windows`, the same for every stream."
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "mini"
+STREAMS = ("strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4")
+LOOKED_AT = {("strcvit", name) for name in ("lora", "joint", "zero_shot", "strlora")}  # full sets after every fifth chunk, for a figure
+
+
+def moved(
+    text: str,    # a spec of the windows stream
+    method: str,  # whose
+    stream: str,  # where it goes
+) -> str:
+    "The same settings on another stream."
+    head, body = re.match(r"((?:#[^\n]*\n)*)\n*(.*)", text, re.DOTALL).groups()
+    often = (stream, method) in LOOKED_AT
+    body = body.replace("[stream]\n", f'[stream]\nname = "{stream}"\n')
+    body = re.sub(r"full_every = \d+", f"full_every = {5 if often else 25}", body)
+    chosen = [line.replace("chosen", "chosen on the windows stream") for line in head.splitlines() if "chosen by" in line]
+    when = "chunks 5, 10 ... 25" if often else "the last"
+    first = f"# {method} on the {stream} stream: 25 x 400 samples, proxies after every chunk, full sets after {when}."
+    return "\n".join([first, *chosen, body])
+
+
+if __name__ == "__main__":
+    for stream in STREAMS:
+        for path in sorted((FOLDER / "windows").glob("*.toml")):
+            (FOLDER / stream).mkdir(exist_ok=True)
+            (FOLDER / stream / path.name).write_text(moved(path.read_text(encoding="utf-8"), path.stem, stream), encoding="utf-8")
