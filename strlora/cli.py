@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'parser', 'show_spec', 'do_run', 'build', 'do_resume', 'show_run', 'do_eval', 'do_report', 'do_plan',
-           'do_tune', 'do_ablate', 'do_compare', 'do_data', 'do_methods', 'do_convert', 'do_chat', 'do_bench', 'main']
+           'do_data', 'do_methods', 'elsewhere', 'main']
 
 # %% ../nbs/15_cli.ipynb #81a6d666
 import argparse
+import importlib
 import json
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .core import SpecError, StrLoraError
 from .prepare import add_data
-from .request import add_bench, add_chat, add_plan, add_run, add_studies, check_limit, spec_of
+from .request import add_bench, add_chat, add_interference, add_plan, add_run, add_studies, check_limit, spec_of
 
 # %% ../nbs/15_cli.ipynb #8765719f
 def _verb(verbs: Any, name: str, words: str) -> argparse.ArgumentParser:
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(verbs)
     add_studies(verbs)
     add_bench(verbs)
+    add_interference(verbs)
     p = _verb(verbs, "methods", "list the methods")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
     p = _verb(verbs, "convert", "rewrite a checkpoint of InternVL's own code for transformers; nothing in it is executed")
@@ -214,30 +216,6 @@ def do_plan(args: argparse.Namespace) -> int:
     return plan.command(args, spec)
 
 
-def do_tune(args: argparse.Namespace) -> int:
-    "`strlora tune`"
-    check_limit(args.limit)
-    _quiet()
-    from strlora import tune
-    return tune.command(args)
-
-
-def do_ablate(args: argparse.Namespace) -> int:
-    "`strlora ablate`"
-    check_limit(args.limit)
-    _quiet()
-    from strlora import ablate
-    return ablate.command(args)
-
-
-def do_compare(args: argparse.Namespace) -> int:
-    "`strlora compare`"
-    check_limit(args.limit)
-    _quiet()
-    from strlora import compare
-    return compare.command(args)
-
-
 def do_data(args: argparse.Namespace) -> int:
     "`strlora data`"
     from strlora import prepare
@@ -255,30 +233,20 @@ def do_methods(args: argparse.Namespace) -> int:
     return 0
 
 
-def do_convert(args: argparse.Namespace) -> int:
-    "`strlora convert`"
-    _quiet()
-    from strlora.backbones import convert
-    return convert.command(args)
-
-
-def do_chat(args: argparse.Namespace) -> int:
-    "`strlora chat`"
-    _quiet()
-    from strlora import chat
-    return chat.command(args)
-
-
-def do_bench(args: argparse.Namespace) -> int:
-    "`strlora bench`"
-    _quiet()
-    from strlora import bench
-    return bench.command(args)
+def elsewhere(
+    module: str,  # with a `command`, loaded when it is called
+) -> Callable[[argparse.Namespace], int]:
+    "A verb that a module of its own carries out."
+    def do(args: argparse.Namespace) -> int:
+        check_limit(getattr(args, "limit", None))
+        _quiet()
+        return int(importlib.import_module(f"strlora.{module}").command(args))
+    return do
 
 # %% ../nbs/15_cli.ipynb #22682196
-VERBS = {"run": do_run, "resume": do_resume, "eval": do_eval, "report": do_report, "plan": do_plan, "tune": do_tune, "ablate": do_ablate,
-         "compare": do_compare, "methods": do_methods, "data": do_data, "convert": do_convert,
-         "chat": do_chat, "bench": do_bench}
+VERBS = {"run": do_run, "resume": do_resume, "eval": do_eval, "report": do_report, "plan": do_plan, "methods": do_methods, "data": do_data,
+         "convert": elsewhere("backbones.convert"),
+         **{name: elsewhere(name) for name in ("tune", "ablate", "compare", "chat", "bench", "interference")}}
 
 
 def main(

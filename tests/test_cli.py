@@ -77,7 +77,8 @@ def test_a_limit_makes_everything_smaller():
 def test_every_verb_is_there():
     from strlora.cli import VERBS
     verbs = next(a for a in parser()._actions if a.dest == "verb").choices
-    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "ablate", "compare", "methods", "data", "convert", "chat", "bench"}
+    assert set(verbs) == set(VERBS) == {"run", "resume", "eval", "report", "plan", "tune", "ablate", "compare", "methods", "data", "convert", "chat", "bench",
+                                       "interference"}
 
 
 def test_run_report_eval(base, tmp_path):
