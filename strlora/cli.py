@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p = _verb(verbs, "report", "MAP, MAF and final scores of runs, computed from their answers")
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     p.add_argument("--split", choices=["proxy", "full"], default="proxy", help="which answers (default: proxy)")
+    p.add_argument("--html", metavar="FILE", help="write one self-contained page: tables, curves, routing, examples, configuration")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
     add_plan(verbs)
     add_chat(verbs)
@@ -199,6 +200,11 @@ def do_report(args: argparse.Namespace) -> int:
     "`strlora report`"
     from strlora import report
     loaded = [report.load_run(folder) for folder in args.runs]
+    if args.html:
+        import matplotlib
+        matplotlib.use("agg")
+        from strlora import page
+        print(f"page       {page.write(loaded, args.html, args.split)}", file=sys.stderr)
     if args.json: print(report.summary_json(loaded, args.split))
     else:
         side = report.to_text(report.compare(loaded, split=args.split)) if len(loaded) > 1 else ""

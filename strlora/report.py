@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SEEDS', 'table', 'metrics', 'official_ap', 'to_markdown', 'to_html', 'to_text', 'sources_table', 'labels',
-           'summary', 'summary_json', 'compare', 'Run', 'collect', 'load_run', 'provenance', 'routing_precision']
+           'flat_settings', 'summary', 'summary_json', 'compare', 'Run', 'collect', 'load_run', 'provenance',
+           'routing_precision']
 
 # %% ../nbs/16_report.ipynb #b92daed3
 import html
@@ -167,7 +168,7 @@ def labels(
     runs: Sequence[Run],    # loaded runs
 ) -> list[str]:             # one a run: the method, and the settings in which its runs differ
     "Names that tell the runs of one method apart where more than the seed differs; older runs do not know newer settings."
-    flat = [_flat({k: v for k, v in r.info["spec"].items() if k != "method"}) for r in runs]
+    flat = [flat_settings({k: v for k, v in r.info["spec"].items() if k != "method"}) for r in runs]
     names = []
     for run, mine in zip(runs, flat, strict=True):
         peers = [f for r, f in zip(runs, flat, strict=True) if r.method == run.method]
@@ -180,10 +181,14 @@ SEEDS = ("seed", "stream.seed", "train.threads", "train.workers", "train.save_ev
          "stream.bad_images")   # do not make another method
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(
+    values: Mapping[str, Any],  # a spec, as run.json has it
+    prefix: str = "",           # of the names
+) -> dict[str, Any]:            # dotted setting → value
+    "Settings within settings, in one row."
     out = {}
     for key, value in values.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+        out.update(flat_settings(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return out
 
 # %% ../nbs/16_report.ipynb #9d1cbd5b
