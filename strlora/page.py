@@ -52,7 +52,7 @@ def environment(
     runs: Iterable[Run],
 ) -> pd.DataFrame:       # one row a run
     "From which code, on which machine, with which packages."
-    plain = lambda said: ", ".join(f"{k} {v}" for k, v in said.items()) if isinstance(said, dict) else str(said if said is not None else "–")
+    plain = lambda said: ", ".join(f"{k} {v}" for k, v in said.items()) if isinstance(said, dict) else str("–" if said is None else said)
     rows = []
     for run in runs:
         info = run.info
@@ -69,7 +69,7 @@ th,td{padding:3px 9px;border-bottom:1px solid #8884;text-align:left;vertical-ali
 
 
 def section(
-    title: str,
+    title: str,   # of the section
     *parts: str,  # HTML; empty ones do not count
 ) -> str:         # empty if there is nothing in it
     "A heading and what stands below it."
@@ -107,7 +107,8 @@ def page(
     scores = report.compare(runs, reference=(reference or names[0]) if several else None, split=split)
     known = examples.asked(runs[0])
     same_questions = [r for r in shown if set(r.predictions["sample_id"]) >= set(runs[0].samples(split)[runs[0].tasks[0]].columns)]
-    cards = [f"<h3>{html.escape(kind)} <span class=quiet>({html.escape(words)})</span></h3>" + examples.cards(same_questions, found, known, split)
+    cards = [f"<h3>{html.escape(kind)} <span class=quiet>({html.escape(words)})</span></h3>"
+             + examples.cards(same_questions, found, known, split)
              for kind, words in examples.FATES.items() if (found := examples.chosen(runs[0], kind, count, split))]
     other, same = configurations(runs)
     whose = "answers to the " + ("proxies" if split == "proxy" else "full test sets")
@@ -126,7 +127,8 @@ def page(
         section("Environment", table(environment(runs), 0))]
     title = f"{', '.join(dict.fromkeys(style.look(r.method)[0] for r in runs))} on {', '.join(streams)}"
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
-    return f"<!doctype html><html lang=en><head>{head}<style>{LOOK}</style></head><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
+    body = f"<h1>{html.escape(title)}</h1>{''.join(parts)}"
+    return f"<!doctype html><html lang=en><head>{head}<style>{LOOK}</style></head><body>{body}</body></html>"
 
 # %% ../nbs/17a_page.ipynb #67acf8dd
 def write(
