@@ -175,3 +175,13 @@ def test_a_generation_keeps_the_experts_of_its_prompt(adapted):
 def test_only_prototypes_are_observed():
     model = get_peft_model(internvl(), StrLoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
     with pytest.raises(SpecError, match="prototypes"): model.base_model.observe(torch.zeros(2, 32))
+
+
+def test_absent_pictures_do_not_move_the_mean():
+    from strlora.moe.instruct import Instructions, mean_of_present
+    torch.manual_seed(0)
+    words, seen = torch.randn(6, 4), torch.randn(6, 4)
+    some = torch.cat([seen[:3], torch.zeros(3, 4)])
+    one = Instructions(4, picture=0.5)
+    one.observe(words, some)
+    assert torch.allclose(one.usual, seen[:3].mean(0)) and torch.equal(mean_of_present(torch.zeros(2, 4)), torch.zeros(4))
