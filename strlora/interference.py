@@ -27,6 +27,7 @@ from .folder import info_of
 from .job import Job
 from .methods.table import METHODS
 from .runs import spec_in
+from .similarity import alike, moments
 from .spec import EXECUTION
 from .trainer import Trainer, Watcher, restore
 
@@ -142,13 +143,15 @@ def rows_of(
     size = max(run.config.batch_size, 8)
     batches = {t: [run.batch(s[i:i + size]) for i in range(0, len(s), size)] for t, s in to_measure.items()}
     found, before = gradients(run, batches), losses(run, batches)
+    excited = {task: moments(run, some) for task, some in batches.items()}
     for task, some in to_learn.items():
         restore(run, *state)
         moved = push(run, task, some)
         after = losses(run, batches)
         for other in batches:
-            yield {"task": task, "other": other, **meeting(found[task], found[other]), "before": before[other], "after": after[other],
-                   "rise": after[other] - before[other], "astray": astray(moved, found[task])}
+            yield {"task": task, "other": other, "cka": alike(excited[task], excited[other]), **meeting(found[task], found[other]),
+                   "before": before[other], "after": after[other], "rise": after[other] - before[other],
+                   "astray": astray(moved, found[task])}
     restore(run, *state)
 
 
@@ -182,7 +185,7 @@ def summed_up(
 ) -> dict[str, float]:                  # means over pairs of different tasks
     "What a run's table comes to."
     pairs = [row for row in rows if row["task"] != row["other"]]
-    names = ("overlap", "agreement", "cosine", "rise", "astray")
+    names = ("cka", "overlap", "agreement", "cosine", "rise", "astray")
     kept = {name: [row[name] for row in pairs if not math.isnan(row[name])] for name in names}
     opposed = [row["cosine"] < 0 for row in pairs if not math.isnan(row["cosine"])]
     means = {name: sum(values) / len(values) if values else math.nan for name, values in kept.items()}
