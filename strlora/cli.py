@@ -251,8 +251,8 @@ def elsewhere(
 
 # %% ../nbs/15_cli.ipynb #22682196
 VERBS = {"run": do_run, "resume": do_resume, "eval": do_eval, "report": do_report, "plan": do_plan, "methods": do_methods, "data": do_data,
-         "convert": elsewhere("backbones.convert"),
-         **{name: elsewhere(name) for name in ("tune", "ablate", "compare", "chat", "bench", "interference")}}
+         "convert": elsewhere("backbones.convert"), "chat": elsewhere("view"),
+         **{name: elsewhere(name) for name in ("tune", "ablate", "compare", "bench", "interference")}}
 
 
 def main(

@@ -140,6 +140,7 @@ def add_chat(
     p.add_argument("question", metavar="QUESTION", help="what to ask; - reads questions from the terminal, one a line")
     p.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; may be repeated")
     p.add_argument("--tokens", type=int, default=100, metavar="N", help="longest answer (default: 100)")
+    p.add_argument("--routing", metavar="FILE", help="write a page that shows which experts and tokens: a look at every question asked")
     p.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
     p.add_argument("--json", action="store_true", help="print one JSON object an answer")
 
