@@ -95,6 +95,9 @@ def pools(
         kept = set(test.proxy)
         to_learn[task] = [s for i, s in enumerate(test.samples) if i not in kept][:samples]
         to_measure[task] = test.proxy_samples[:proxy]
+        if not to_learn[task]:
+            raise SpecError(expected=f"questions of {task} beside the proxy", found="none", where="interference",
+                            remedy="Measure a run whose test sets are larger than their proxies.")
     return to_learn, to_measure
 
 

@@ -30,7 +30,7 @@ def said(*words):
 def sets(base): return [x for pair in (f"model.base={base!r}", *SHORT) for x in ("--set", pair)]
 
 
-@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "ablate", "compare", "methods", "data", "convert", "chat", "bench"))])
+@pytest.mark.parametrize("words", [["--help"], *([v, "--help"] for v in ("run", "resume", "eval", "report", "plan", "tune", "ablate", "compare", "methods", "data", "convert", "chat", "bench", "interference"))])
 def test_help_needs_nothing(words):
     code = ("import sys, strlora.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit as e: assert e.code == 0\n"
             "assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)")
@@ -83,7 +83,8 @@ def test_every_verb_is_there():
 
 def test_run_report_eval(base, tmp_path):
     folder = tmp_path/"run"
-    code, out, err = said("run", *sets(base), "--set", "full_every=3", "--out", folder, "--profile")
+    wanted = [*sets(base), "--set", "full_every=3", "--set", "test_size=3"]
+    code, out, err = said("run", *wanted, "--out", folder, "--profile")
     assert code == 0, err
     assert "MAP" in out and "MAF" in out and str(folder) in out and err.count("chunk ") == 3
     phases = {r["phase"]: r for r in json.loads((folder/"run.json").read_text())["profile"]}
@@ -94,7 +95,7 @@ def test_run_report_eval(base, tmp_path):
     assert {p.name for p in folder.glob("*.png")} >= {"accuracy.png", "experts.png"}
     assert {p.name for p in folder.iterdir()} >= {"run.json", "stream.json", "train.parquet", "predictions.parquet", "routing.parquet", "checkpoint"}
     before = rows(folder)
-    code, out, err = said("run", *sets(base), "--set", "full_every=3", "--out", folder)
+    code, out, err = said("run", *wanted, "--out", folder)
     assert code == 0 and "finished" in err and "MAP" in out, "a finished run is shown, not run again"
     found = json.loads(said("report", folder, "--json")[1])
     assert found[0]["method"] == "strlora" and len(found[0]["final"]) == 11
@@ -105,6 +106,27 @@ def test_run_report_eval(base, tmp_path):
     final = {task: score for task, score in json.loads(out)["proxy"].items()}
     assert final == pytest.approx(found[0]["final"], abs=1e-6)
     asks_less(folder)
+    looks_inside(folder, tmp_path)
+
+
+def looks_inside(folder, tmp_path):
+    "A page of the run, a look at its routing, and what its tasks do to each other."
+    code, out, err = said("report", folder, "--html", tmp_path/"new"/"report.html")
+    text = (tmp_path/"new"/"report.html").read_text(encoding="utf-8")
+    assert code == 0 and "MAP" in out and "report.html" in err and "<h2>Examples</h2>" in text and "<script" not in text
+    picture = tmp_path/"red.png"
+    Image.new("RGB", (48, 48), "red").save(picture)
+    asked = ["chat", folder, "--image", picture, "what color ?", "--tokens", "3"]
+    plain = said(*asked)[1]
+    code, out, err = said(*asked, "--routing", tmp_path/"look.html")
+    assert code == 0 and out == plain, err
+    assert "what color ?" in (tmp_path/"look.html").read_text(encoding="utf-8")
+    assert said(*asked, "--routing", tmp_path)[0] == 2, "a folder is no file"
+    before = rows(folder)
+    code, out, err = said("interference", folder, "--samples", "4", "--proxy", "1", "--json")
+    assert code == 0 and set(json.loads(out)[str(folder)]) == {"cka", "overlap", "agreement", "cosine", "rise", "astray", "opposed"}, err
+    assert len((folder/"interference.csv").read_text().splitlines()) == 1 + 11 * 11 and rows(folder) == before
+    assert said("interference", folder, "--samples", "0")[0] == 2
 
 
 def asks_less(folder):
@@ -112,7 +134,7 @@ def asks_less(folder):
     before = rows(folder)
     plan = json.loads(said("eval", folder, "--split", "both", "--limit", "1", "--dry-run", "--json")[1])
     assert plan["chunk"] == "after 3 of 3" and plan["proxy questions"] == plan["full questions"] == 11 and not plan["stored"]
-    assert "22" in said("eval", folder, "--dry-run")[1]
+    assert "33" in said("eval", folder, "--dry-run")[1]
     code, out, err = said("eval", folder, "--limit", "1", "--set", "prompts=3", "--set", "threads=1", "--json")
     assert code == 0 and set(json.loads(out)["full"].values()) <= {0.0, 100.0}, err
     assert rows(folder) == before
