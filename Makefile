@@ -11,10 +11,15 @@ export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all nbtest site figures lab lint export fresh readme clean
+# the study: every method of the comparison, and beside it what switches off a part
+COMPARED := strlora_prototypes strlora strlora_released lora ewc lwf replay olora moelora smolora smolora_released same branchlora joint zero_shot
+ABLATED  := strlora_select strlora_weigh strlora_no_reg strlora_frozen
+ROUTED   := strlora_prototypes strlora strlora_released moelora smolora same branchlora
+
+.PHONY: help setup run test test-all nbtest site figures study study-more lab lint export fresh readme clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv and install the package with its tools (once, and again when the requirements change)
 
@@ -42,6 +47,20 @@ site: $(READY)  ## build the documentation in _docs and check every link, anchor
 
 figures: $(READY)  ## redraw the figure notebooks (nbs/2*) from the committed artefacts
 	$(PY) tools/run_nbs.py $(sort $(wildcard nbs/2*_fig_*.ipynb))
+
+study: $(READY)  ## the main comparison on both named streams, five seeds; goes on where it stopped (ARGS="--jobs 2 ...")
+	$(VENV)/bin/strlora compare $(COMPARED) --seeds 0,1,2,3,4 $(ARGS)
+	$(VENV)/bin/strlora compare $(COMPARED) --seeds 0,1,2,3,4 --stream strcvit $(ARGS)
+
+study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; goes on where it stopped
+	$(VENV)/bin/strlora compare $(ABLATED) --seeds 0,1,2,3,4 $(ARGS)
+	$(VENV)/bin/strlora compare strlora_prototypes same ewc lora branchlora strlora strlora_released \
+	    --seeds 0,1,2,3,4,5,6,7,8,9,10,11 --reference strlora_prototypes $(ARGS)
+	for stream in abrupt cyclic uniform; do \
+	    $(VENV)/bin/strlora compare strlora_prototypes same ewc lora strlora --seeds 0,1,2,3 --stream $$stream \
+	        --reference strlora_prototypes $(ARGS) || exit; done
+	for step in 1 2 3 4; do \
+	    $(VENV)/bin/strlora compare $(ROUTED) --seeds 0,1,2,3,4 --stream alike$$step $(ARGS) || exit; done
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab --notebook-dir nbs

@@ -116,7 +116,7 @@ def to_markdown(
     digits: int = 1,       # after the point
 ) -> str:                  # a pipe table
     "A Markdown table with all cells escaped."
-    cell = lambda v, c="": re.sub(r"([\\`*_|\[\]#$~])", r"\\\1", html.escape(_text(v, digits, c))).replace("\n", " ")
+    cell = lambda v, c="": re.sub(r"([\\`*_|\[\]#$~])", r"\\\1", html.escape(_text(v, digits, c), quote=False)).replace("\n", " ")
     rows = [[cell(c) for c in frame.columns], ["---:" if pd.api.types.is_numeric_dtype(t) else "---" for t in frame.dtypes]]
     rows += [[cell(v, c) for c, v in zip(frame.columns, row, strict=True)] for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
