@@ -158,3 +158,12 @@ def test_presets_agree_with_the_adapters_defaults():
                                            ({"settings": {"top_k": -1}}, "from 0 to num_experts")])
 def test_numbers_that_no_run_can_use(values, found):
     with pytest.raises(SpecError, match=found): resolve(values)
+
+
+def test_the_study_names_every_method():
+    text = (Path(__file__).parents[1]/"Makefile").read_text(encoding="utf-8")
+    named = {name: line.partition(":=")[2].split() for line in text.splitlines() for name in ("COMPARED", "ABLATED", "ROUTED")
+             if line.startswith(name)}
+    assert {*named["COMPARED"], *named["ABLATED"]} == set(METHODS) and not {*named["COMPARED"]} & {*named["ABLATED"]}
+    assert {m for m in named["ABLATED"]} == {m for m in METHODS if METHODS[m].follows}
+    assert set(named["ROUTED"]) < set(named["COMPARED"])
