@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'RUN_KEYS', 'STREAM_KEYS', 'KINDS', 'AGAIN', 'rescore', 'Run', 'load_run', 'specimen', 'collect',
-           'provenance']
+           'seeds_of', 'provenance']
 
 # %% ../nbs/15a_artefacts.ipynb #d6ed1338
 from collections.abc import Iterable, Mapping, Sequence
@@ -231,6 +231,23 @@ def collect(
                     remedy=f"Make it: strlora run experiments/{scale}/{stream}/{method}.toml --seed {seed}")
             out.append(load_run(folder))
     return out
+
+
+def seeds_of(
+    methods: Sequence[str],              # names
+    stream: str = "windows",             # name of the stream
+    scale: str = "mini",                 # first folder
+    root: str | Path | None = None,      # where finished runs lie; None: `results` here or in a folder above
+) -> list[int]:                          # in order
+    "Seeds for which all of these methods have a finished run from a clean commit."
+    root, common = _results() if root is None else Path(root), None
+    for method in methods:
+        found = set()
+        for path in (root / scale / stream / method).glob("seed*/run.json"):
+            info = read_json(path)
+            if info["status"] == "finished" and not info.get("dirty"): found.add(int(path.parent.name.removeprefix("seed")))
+        common = found if common is None else common & found
+    return sorted(common or ())
 
 
 def _results() -> Path:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'SEEDS', 'table', 'metrics', 'official_ap', 'to_markdown', 'to_html', 'to_text', 'sources_table', 'labels',
            'flat_settings', 'summary', 'summary_json', 'compare', 'Run', 'collect', 'load_run', 'provenance',
-           'routing_precision']
+           'routing_precision', 'seeds_of']
 
 # %% ../nbs/16_report.ipynb #b92daed3
 import html
@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .artefacts import Run, collect, load_run, provenance  # noqa: F401
+from .artefacts import Run, collect, load_run, provenance, seeds_of  # noqa: F401
 from .core import SpecError, sources, unknown
 from .data.metrics import METRICS, AP_k, bootstrap, holm, interval, measure, paired_t, sign_flip
 from .data.rules import SETS
 from .overlap import routing_precision  # noqa: F401
 
-_all_ = ["Run", "collect", "load_run", "provenance", "routing_precision"]
+_all_ = ["Run", "collect", "load_run", "provenance", "routing_precision", "seeds_of"]
 
 # %% ../nbs/16_report.ipynb #416c7754
 def table(

@@ -185,3 +185,38 @@ def test_absent_pictures_do_not_move_the_mean():
     one = Instructions(4, picture=0.5)
     one.observe(words, some)
     assert torch.allclose(one.usual, seen[:3].mean(0)) and torch.equal(mean_of_present(torch.zeros(2, 4)), torch.zeros(4))
+
+
+def test_the_picture_speaks_for_new_words_only():
+    from strlora.moe.instruct import Instructions
+    torch.manual_seed(0)
+    d = 32
+    words, looks = torch.eye(d)[:3], 3 + torch.eye(d)[5:8]          # three ways of asking, about three kinds of picture
+    texts, pictures = words.repeat(10, 1), looks.repeat(10, 1)
+    known = Instructions(d, kind="none")
+    found = known.observe(texts, pictures)
+    assert known.seen.number == 3 and torch.equal(known.looks[:3], torch.full((3,), 10.))
+    assert torch.allclose(known.sights[found], pictures)
+    turned = looks.roll(1, 0)                                       # pictures of another kind
+    assert torch.equal(known.recognise(known.describe(words), turned), found[:3]), "known words are not overruled"
+    new = torch.eye(d)[20:23]                                       # words that nobody has used
+    assert torch.equal(known.recognise(known.describe(new), looks), found[:3]), "new words go by the picture"
+    blind = known.recognise(known.describe(new), torch.zeros(3, d))
+    assert torch.equal(blind, known.recognise(known.describe(new))), "without a picture the text decides"
+    again = Instructions(d, kind="none")
+    again.load_state_dict(known.state_dict())
+    assert torch.equal(again.recognise(again.describe(new), looks), found[:3])
+    deaf = Instructions(d, kind="none", cue=False)
+    deaf.observe(texts, pictures)
+    assert torch.equal(deaf.recognise(deaf.describe(words), turned), found[:3])
+
+
+def test_means_of_pictures_do_not_depend_on_how_they_arrive():
+    from strlora.moe.instruct import Instructions
+    torch.manual_seed(0)
+    texts, pictures = torch.nn.functional.normalize(torch.randn(40, 6), dim=-1), torch.randn(40, 6)
+    pictures[::5] = 0
+    whole, parts = Instructions(6, threshold=-1.0, kind="none"), Instructions(6, threshold=-1.0, kind="none")
+    whole.observe(texts, pictures)
+    for i in range(0, 40, 8): parts.observe(texts[i:i + 8], pictures[i:i + 8])
+    assert torch.allclose(whole.sights, parts.sights, atol=1e-6) and float(whole.looks.sum()) == 32

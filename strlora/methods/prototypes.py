@@ -30,6 +30,7 @@ class PrototypeSettings(AdapterSettings):
                                "an instruction with a smaller cosine to every prototype begins a new one")
     prototypes: int = sourced(64, "ours: bounded state", "most prototypes")
     picture: float = sourced(0.0, "ours: the text suffices while phrasings recur", "weight of the picture beside the text")
+    cue: bool = sourced(True, "ours: the nearest of what is far is an accident", "the picture has a say on words that are new")
     lazy: bool = sourced(True, "ours: who is not asked stays exactly", "experts without a sample in a step take none")
     oracle_task_id: bool = sourced(False, "ours: the learner sees no task", "true tasks while training")
 
@@ -47,7 +48,8 @@ def prototype_adapter(
 ) -> Any:                         # a `StrLoraConfig`
     "Experts and the router of instructions."
     from strlora.tuner.config import StrLoraConfig
-    options = {name: getattr(settings, name) for name in ("top_k", "shared", "gate", "geometry", "prototypes", "threshold", "picture")}
+    names = ("top_k", "shared", "gate", "geometry", "prototypes", "threshold", "picture", "cue")
+    options = {name: getattr(settings, name) for name in names}
     return StrLoraConfig(task_type="CAUSAL_LM", r=settings.r, num_experts=settings.num_experts, lora_alpha=settings.lora_alpha,
                          lora_dropout=settings.lora_dropout, init_experts=settings.init_experts, router="instruction",
                          router_options=options, kl_weight=0.0)
@@ -98,7 +100,8 @@ class Prototypes(Part):
         if self.settings.oracle_task_id:
             self.names = list(dict.fromkeys([*self.names, *(s.task for s in run.samples)]))
             ids = torch.tensor([self.names.index(s.task) for s in run.samples])
-        known.observe(run.instructions(run.samples), image_vectors(run, run.samples) if self.settings.picture else None, ids)
+        looks = self.settings.picture or self.settings.cue
+        known.observe(run.instructions(run.samples), image_vectors(run, run.samples) if looks else None, ids)
 
     def state_dict(self) -> dict[str, Any]: return {"names": self.names}
 

@@ -51,15 +51,18 @@ class Instructions(FullPrecision):
         prototypes: int = 64,      # most prototypes K
         threshold: float = 0.7,    # a sample with a smaller cosine to every prototype begins a new one
         kind: str = "whiten",      # coordinates of the text: a name in `GEOMETRIES`
-        picture: float = 0.0,      # weight ρ of the picture beside the text; 0: not looked at
+        picture: float = 0.0,      # weight ρ of the picture beside the text; 0: the text alone, as long as it is known
+        cue: bool = True,          # with a weight of 0: where the text is near to no prototype, the picture has a say
     ):
         super().__init__()
         if kind not in GEOMETRIES: raise unknown("geometry", kind, GEOMETRIES, where="router_options")
-        self.kind, self.picture = kind, picture
+        self.kind, self.picture, self.cue = kind, picture, cue and not picture
         self.seen = PseudoTasks(d_text * (2 if picture else 1), prototypes, threshold)
         self.register_buffer("centre", torch.zeros(d_text))
         self.register_buffer("basis", torch.eye(d_text) if kind == "whiten" else None)
         self.register_buffer("usual", torch.zeros(d_text) if picture else None)
+        self.register_buffer("sights", torch.zeros(prototypes, d_text) if self.cue else None)  # mean picture of each prototype
+        self.register_buffer("looks", torch.zeros(prototypes) if self.cue else None)           # of so many samples
 
     def look_at(self, table: Tensor) -> None:
         "Take the coordinates from the embeddings of the vocabulary [v, d]; call it before the first sample is observed."
@@ -79,11 +82,32 @@ class Instructions(FullPrecision):
     def observe(self, vectors: Tensor, pictures: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         "Learn from the samples of a chunk [n, d]; `ids` [n] are numbers from outside. The prototype of each [n]."
         if self.picture and pictures is not None and not self.seen.number: self.usual.copy_(mean_of_present(pictures))
-        return self.seen.observe(self.describe(vectors, pictures), ids)
+        found = self.seen.observe(self.describe(vectors, pictures), ids)
+        if self.cue and pictures is not None: self.remember(found, pictures.to(self.sights))
+        return found
+
+    def remember(self, found: Tensor, pictures: Tensor) -> None:
+        "The mean picture of each prototype goes on with the pictures [n, d] of its samples; `found` [n]."
+        there = pictures.any(-1).to(pictures)
+        self.looks.index_add_(0, found, there)
+        sums = torch.zeros_like(self.sights).index_add_(0, found, pictures)
+        added = torch.zeros_like(self.looks).index_add_(0, found, there)
+        self.sights += (sums - added[:, None] * self.sights) / self.looks.clamp(min=1)[:, None]
 
     def prototype_of(self, context: Context) -> Tensor:
         "The nearest prototype of each sample [b]."
-        return self.seen.assign(self.describe(context.instruction, context.picture))
+        return self.recognise(self.describe(context.instruction, context.picture), context.picture)
+
+    def recognise(self, units: Tensor, pictures: Tensor | None = None) -> Tensor:
+        "The prototype of each description [b, ·]; of one that no prototype is near to, by its picture [b, d] as well."
+        near = self.seen.cosines(units)
+        if self.cue and pictures is not None:
+            usual = (self.looks @ self.sights) / self.looks.sum().clamp(min=1)
+            known, seen = self.looks > 0, pictures.detach().to(self.sights)
+            alike = F.normalize(seen - usual, dim=-1) @ F.normalize(self.sights - usual, dim=-1).T
+            unsure = (near.amax(-1, keepdim=True) < self.seen.threshold) & seen.any(-1, keepdim=True)
+            near = near + (unsure & known) * alike
+        return near.argmax(-1)
 
 # %% ../../nbs/07f_instruct.ipynb #a951ed8c
 class InstructionRouter(nn.Module):
@@ -103,13 +127,14 @@ class InstructionRouter(nn.Module):
         prototypes: int = 64,        # of `Instructions`
         threshold: float = 0.7,      # of `Instructions`
         picture: float = 0.0,        # of `Instructions`
+        cue: bool = True,            # of `Instructions`
     ):
         super().__init__()
         if not 1 <= top_k <= experts - shared:
             raise SpecError(expected=f"1 to {experts - shared} experts of a prototype", found=top_k, where="top_k",
                             remedy="Change top_k, shared or num_experts.")
         self.experts, self.top_k, self.shared, self.gate = experts, top_k, shared, gate
-        self.instructions = Instructions(d_text, prototypes, threshold, geometry, picture)
+        self.instructions = Instructions(d_text, prototypes, threshold, geometry, picture, cue)
 
     def join(self, first: "InstructionRouter") -> None:
         "Use the prototypes of another router; not registered here, so that they are saved once."
