@@ -61,6 +61,7 @@ study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; 
 	        --reference strlora_prototypes $(ARGS) || exit; done
 	for step in 1 2 3 4; do \
 	    $(VENV)/bin/strlora compare $(ROUTED) --seeds 0,1,2,3,4 --stream alike$$step $(ARGS) || exit; done
+	$(VENV)/bin/strlora compare strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0,1,2,3,4 --stream long $(ARGS)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab --notebook-dir nbs

@@ -88,7 +88,7 @@ ABLATION_SEEDS = tuple(range(100, 110))  # for choosing defaults; the first two 
 
 
 ALIKE = {f"alike{step}": style for step, style in enumerate(tuple(STYLES)[1:], 1)}  # the stream `windows` in other words: name → style
-STREAMS = (*PLANS, *ALIKE)
+STREAMS = (*PLANS, *ALIKE, "long")  # the last: the plan of `windows`, meant to be cut into many small chunks
 
 
 def style_of(
