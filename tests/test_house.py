@@ -183,6 +183,26 @@ def test_figure_notebook_reads_artefacts_only(path):
         assert not re.search(r"from strlora import (?!(report|plots)\b)", cell["source"])
 
 
+DEFINED = {"95 %": "the level of every interval", "3.11": "the version of Python", "4.0": "a licence", "2.0": "a licence",
+           "3.46": "log2 of eleven tasks", "1.1": "what a ratio means, by way of example"}  # numbers that nobody has measured
+
+
+@pytest.mark.parametrize("path", [p for p in NBS if re.match(r"2\d|index", p.name)], **ids)
+def test_no_measured_number_is_typed(path):
+    "Prose of results holds no decimals and no per cent of its own: what was measured comes out of a cell, and there out of a value."
+    said = [cell["source"] for cell in cells(path, "markdown")]
+    for cell in cells(path):
+        calls = [n for n in ast.walk(ast.parse(code(cell["source"]))) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Markdown"]
+        literals = [n for call in calls for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        formats = {id(n) for call in calls for f in ast.walk(call) if isinstance(f, ast.FormattedValue) and f.format_spec
+                   for n in ast.walk(f.format_spec)}
+        said += [n.value for n in literals if id(n) not in formats]
+    for text in said:
+        prose = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|arXiv:? ?[\d.]+", "", text, flags=re.DOTALL)
+        found = [n for n in re.findall(r"\b\d+\.\d+\b|\b\d+ ?%", prose) if n not in DEFINED]
+        assert not found, f"{found} in {prose[:80]!r}"
+
+
 @pytest.mark.parametrize("path", NBS, **ids)
 def test_links_between_chapters_lead_to_notebooks(path):
     "As `07_layer.ipynb`: such links work in Jupyter, on a code host and, rewritten, on the site."
