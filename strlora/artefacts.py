@@ -81,7 +81,8 @@ def rescore(
 def _judged(predictions: pd.DataFrame, rules: str) -> tuple[pd.Series, pd.Series]:
     "Scores and versions of stored answers under a set of rules."
     keys = ["after_chunk", "split", "task", "sample_id", "prediction", "answer", "references"]
-    fresh = pd.Series(score_rows(predictions[keys].to_dict("records"), rules), index=predictions.index, dtype=float)
+    rows = [dict(zip(keys, values, strict=True)) for values in zip(*(predictions[k].to_numpy(object) for k in keys), strict=True)]
+    fresh = pd.Series(score_rows(rows, rules), index=predictions.index, dtype=float)
     return fresh, predictions["task"].map({task: version_of(task, rules) for task in predictions["task"].unique()})
 
 # %% ../nbs/15a_artefacts.ipynb #b0af9dca
