@@ -245,8 +245,8 @@ def seeds_of(
     for method in methods:
         found = set()
         for path in (root / scale / stream / method).glob("seed*/run.json"):
-            info = read_json(path)
-            if info["status"] == "finished" and not info.get("dirty"): found.add(int(path.parent.name.removeprefix("seed")))
+            info, number = read_json(path), path.parent.name.removeprefix("seed")
+            if number.isdecimal() and info["status"] == "finished" and not info.get("dirty"): found.add(int(number))
         common = found if common is None else common & found
     return sorted(common or ())
 

@@ -200,7 +200,7 @@ def do_report(args: argparse.Namespace) -> int:
     "`strlora report`"
     from strlora import report
     loaded = [report.load_run(folder) for folder in args.runs]
-    if args.html:
+    if args.html is not None:
         import matplotlib
         matplotlib.use("agg")
         from strlora import page

@@ -89,7 +89,7 @@ STYLE = """<style>
 .card header{display:flex;gap:10px;margin-bottom:6px}.card header img{image-rendering:auto;border-radius:3px;flex:none}
 .card .who{margin-top:6px;font-weight:600}.card .said{opacity:.8;overflow-wrap:anywhere}
 .strip{display:flex;gap:1px}.strip i{flex:1;height:14px;border:1px solid #1c7c8c;box-sizing:border-box;border-radius:2px}
-.strip i.r{background:#1c7c8c}.strip i.p{opacity:.3}
+.strip i.r{background:#1c7c8c}.strip i.p{opacity:.3}.strip i.n{border-color:transparent}
 </style>"""
 
 
@@ -100,12 +100,14 @@ def strip(
 ) -> str:                 # HTML
     "The answers of one run to one question."
     rows = run.predictions[(run.predictions["split"] == split) & (run.predictions["sample_id"] == name)].sort_values("after_chunk")
+    if rows.empty: return ""
     task, seen = rows["task"].iloc[0], run.counts.cumsum()
     known = lambda k: k > 0 and task in seen and seen.loc[k, task] > 0
     cell = '<i class="{}{}" title="{}"></i>'
     right = (100 * rows["score"] >= RIGHT).tolist()
-    cells = [cell.format("r" * ok, "" if known(k) else " p", html.escape(f"after chunk {k}: {said}", quote=True))
-             for k, said, ok in zip(rows["after_chunk"], rows["prediction"], right, strict=True)]
+    shown = {k: cell.format("r" * ok, "" if known(k) else " p", html.escape(f"after chunk {k}: {said}", quote=True))
+             for k, said, ok in zip(rows["after_chunk"], rows["prediction"], right, strict=True)}
+    cells = [shown.get(k, cell.format("n", "", f"after chunk {k}: not asked")) for k in range(len(run.counts) + 1)]
     wrong = rows["prediction"][[known(k) and not ok for k, ok in zip(rows["after_chunk"], right, strict=True)]]
     often = f"; when wrong, mostly “{html.escape(wrong.mode().iloc[0])}”" if len(wrong) else ""
     last = html.escape(rows["prediction"].iloc[-1])

@@ -232,7 +232,7 @@ def check_own(
     folder: Path,  # of a run, or of the beginning of one
 ) -> None:
     "A `SpecError` if there are other files in it, which must not be removed."
-    known = {"run.json", "stream.json", "checkpoint", "parts", ".parts.done"}
+    known = {"run.json", "stream.json", "interference.csv", "checkpoint", "parts", ".parts.done"}
     foreign = [p.name for p in folder.iterdir() if p.name not in known and p.suffix not in (".parquet", ".png")
                and ".checkpoint." not in p.name]
     if foreign:

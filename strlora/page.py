@@ -41,10 +41,13 @@ def configurations(
     flat = [report.flat_settings(run.info["spec"]) for run in runs]
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     text = [[str(settings.get(name, "–")) for settings in flat] for name in names]
+    differ = [len({*row} - {"–"}) > 1 for row in text]  # older runs did not record what did not exist
     heads = [f"{label}, seed {run.seed}" for label, run in zip(report.labels(runs), runs, strict=True)]
-    same = pd.DataFrame([(name, row[0]) for name, row in zip(names, text, strict=True) if len(set(row)) == 1], columns=["setting", "value"])
-    other = pd.DataFrame([row for row in text if len(set(row)) > 1], columns=range(len(heads))).set_axis(heads, axis=1)
-    other.insert(0, "setting", [name for name, row in zip(names, text, strict=True) if len(set(row)) > 1])
+    same = pd.DataFrame([(name, max(row)) for name, row, apart in zip(names, text, differ, strict=True) if not apart],
+                        columns=["setting", "value"])
+    other = pd.DataFrame([row for row, apart in zip(text, differ, strict=True) if apart], columns=range(len(heads)))
+    other = other.set_axis(heads, axis=1)
+    other.insert(0, "setting", [name for name, apart in zip(names, differ, strict=True) if apart])
     return other, same
 
 
@@ -106,7 +109,8 @@ def page(
     several = len(set(names)) > 1
     scores = report.compare(runs, reference=(reference or names[0]) if several else None, split=split)
     known = examples.asked(runs[0])
-    same_questions = [r for r in shown if set(r.predictions["sample_id"]) >= set(runs[0].samples(split)[runs[0].tasks[0]].columns)]
+    asked = lambda r: {name for table in r.samples(split).values() for name in table.columns}
+    same_questions = [r for r in shown if asked(r) == asked(runs[0])]
     cards = [f"<h3>{html.escape(kind)} <span class=quiet>({html.escape(words)})</span></h3>"
              + examples.cards(same_questions, found, known, split)
              for kind, words in examples.FATES.items() if (found := examples.chosen(runs[0], kind, count, split))]
@@ -114,7 +118,7 @@ def page(
     whose = "answers to the " + ("proxies" if split == "proxy" else "full test sets")
     parts = [
         section("Scores", f"<p class=quiet>Points of 100 from {whose}; 95 % intervals over seeds and samples.</p>", table(scores),
-                table(report.summary(runs, split).iloc[:, :10])),
+                table(report.summary(runs, split).drop(columns=runs[0].tasks, errors="ignore"))),
         section("Over the stream", drawn(plots.accuracy_over_stream(runs, split), "average performance after each chunk, method by method")
                 if len(streams) == 1 else "",
                 *(drawn(plots.score_heatmap(r, split), f"scores of all tasks after each chunk, {r.method}") for r in shown)),

@@ -29,7 +29,7 @@ def pairs(
             n, size = small[task].shape[1], whole[task].shape[1]
             for k in small[task].index.intersection(whole[task].index):
                 full = whole[task].loc[k]
-                chance = full.std(ddof=0) * np.sqrt(max(1 - n / size, 0) / n)
+                chance = full.std(ddof=1) * np.sqrt(max(1 - n / size, 0) / n)
                 rows.append((run.method, run.seed, k, task, small[task].loc[k].mean(), full.mean(), chance))
     if not rows: raise SpecError(expected="runs whose full test sets were asked", found="none", where="proxies")
     return pd.DataFrame(rows, columns=["method", "seed", "chunk", "task", "proxy", "full", "chance"])

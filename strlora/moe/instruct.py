@@ -81,7 +81,7 @@ class Instructions(FullPrecision):
 
     def observe(self, vectors: Tensor, pictures: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         "Learn from the samples of a chunk [n, d]; `ids` [n] are numbers from outside. The prototype of each [n]."
-        if self.picture and pictures is not None and not self.seen.number: self.usual.copy_(mean_of_present(pictures))
+        if self.picture and pictures is not None and not self.usual.any(): self.usual.copy_(mean_of_present(pictures))
         found = self.seen.observe(self.describe(vectors, pictures), ids)
         if self.cue and pictures is not None: self.remember(found, pictures.to(self.sights))
         return found
