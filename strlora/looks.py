@@ -28,7 +28,7 @@ LOOK = """<style>
 .look .eye i{position:absolute;box-sizing:border-box;border:1px solid #fff8}
 .look .w{display:inline-block;padding:0 5px;margin:1px;border-radius:3px}.look .w.other{opacity:.45}
 .look .bar{display:flex;align-items:center;gap:6px}.look .bar b{height:9px;border-radius:2px;display:inline-block}
-.look .bar span{font-variant-numeric:tabular-nums;min-width:5.5em}
+.look .where{margin-top:5px;opacity:.6}.look .bar span{font-variant-numeric:tabular-nums;min-width:5.5em}
 </style>"""
 
 
@@ -68,13 +68,14 @@ def panel(
     said = [(i, word, kind) for i, (word, kind) in enumerate(zip(look["words"], kinds, strict=True)) if kind != "image"]
     words = "".join(f'<span class="w {kind}" style="background:{colour(main[i], e)}55" title="expert {main[i]}, {weights[i][main[i]]:.2f}">'
                     f"{html.escape(word)}</span>" for i, word, kind in said)
+    where = f'<div class="where">in {html.escape(str(look.get("layer", "one layer")))}</div>'
     means = [sum(column) / len(weights) for column in zip(*weights, strict=True)]
     top = sorted(range(e), key=lambda x: (-means[x], x))[:most]
     bars = "".join(f'<div class="bar"><span>expert {x}</span><b style="width:{140 * means[x] / max(max(means), 1e-9):.0f}px;'
                    f'background:{colour(x, e)}"></b>{means[x]:.2f}</div>' for x in top)
     more = f"<div>and {e - len(top)} more</div>" if e > len(top) else ""
     return (f'<div class="look"><div>{eye}</div><div><div><b>{html.escape(look["question"])}</b> → {html.escape(look["answer"])}</div>'
-            f"<div>{words}</div>{bars}{more}</div></div>")
+            f"<div>{words}</div>{where}{bars}{more}</div></div>")
 
 
 def _source(picture: Image.Image) -> str:

@@ -10,6 +10,7 @@ import argparse
 import base64
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ def looked(
     images: Sequence[Image.Image],  # what the question is about
     question: str,                  # the user turn
     tokens: int = 20,               # of the answer, at most
+    layer: int = -1,                # whose weights are shown token by token; its place among the routed layers
 ) -> dict[str, Any]:                # plain values for JSON
     "The answer to a question, and how its prompt was routed."
     config = getattr(speaker.model, "peft_config", {}).get("default")
     if config is None or config.router == "constant":
         raise SpecError(expected="a method that chooses among experts", found="no choice", where="routing", remedy="Name another run.")
+    if len(images) != 1: raise SpecError(expected="one picture", found=len(images), where="routing", remedy="Give one at a time.")
     answer = speaker.answer(images, question, tokens)
     batch = speaker.collate([Sample("look", tuple(images), question, "", "look")], answers=False)
     batch = {name: value.to(speaker.device) for name, value in batch.items()}
@@ -45,8 +48,8 @@ def looked(
              for i, m in zip(ids.tolist(), batch["instruction_mask"][0].tolist(), strict=True)]
     rounded = lambda x: [[round(v, 4) for v in row] for row in x.tolist()]
     return {"question": question, "answer": answer, "words": speaker.tokenizer.convert_ids_to_tokens(ids.tolist()), "kinds": kinds,
-            "weights": rounded(weights.mean(0)), "layers": [name for name, _, _ in rows], "by layer": rounded(weights.mean(1)),
-            "selected": [round(v, 4) for v in torch.stack([r.selected[0].float() for _, _, r in rows]).mean(0).tolist()]}
+            "weights": rounded(weights[layer]), "layer": rows[layer][0], "layers": [name for name, _, _ in rows],
+            "by layer": rounded(weights.mean(1)), "selected": [int(v) for v in rows[layer][2].selected[0].tolist()]}
 
 # %% ../nbs/14n_view.ipynb #8f84c333
 def kept(
@@ -73,13 +76,15 @@ def command(
     if args.tokens < 1: raise SpecError(expected="at least 1", found=args.tokens, where="--tokens", remedy="Give a number of tokens.")
     path = Path(args.routing)
     if path.is_dir(): raise SpecError(expected="the name of a file", found="a folder", where=path, remedy=f"Write {path}/look.html.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise SpecError(expected="a folder that can be written", found=path.parent, where="--routing", remedy="Choose another.")
     images, speaker = chat.pictures(args.image), Speaker(args.run, chat.device_of(args.device))
-    parts = []
+    parts: list[str] = []
     for question in [args.question] if args.question != "-" else chat.lines():
         found = looked(speaker, images, question, args.tokens)
         print(json.dumps(found) if args.json else found["answer"], flush=True)
         parts.append(panel(found, images[0]))
-    page = f'<!doctype html><html lang=en><meta charset="utf-8"><title>routing</title>{LOOK}{"<hr>".join(parts)}</html>'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary: Path(temporary).write_text(page, encoding="utf-8")
+        page = f'<!doctype html><html lang=en><meta charset="utf-8"><title>routing</title>{LOOK}{"<hr>".join(parts)}</html>'
+        with atomic_file(path) as temporary: Path(temporary).write_text(page, encoding="utf-8")  # after each: a session may be cut off
     return 0
