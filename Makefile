@@ -53,7 +53,7 @@ study: $(READY)  ## the main comparison on both named streams, five seeds; goes 
 	$(VENV)/bin/strlora compare $(COMPARED) --seeds 0,1,2,3,4 --stream strcvit $(ARGS)
 
 study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; goes on where it stopped
-	$(VENV)/bin/strlora compare $(ABLATED) --seeds 0,1,2,3,4 $(ARGS)
+	$(VENV)/bin/strlora compare strlora $(ABLATED) --seeds 0,1,2,3,4 $(ARGS)
 	$(VENV)/bin/strlora compare strlora_prototypes same ewc lora branchlora strlora strlora_released \
 	    --seeds 0,1,2,3,4,5,6,7,8,9,10,11 --reference strlora_prototypes $(ARGS)
 	for stream in abrupt cyclic uniform; do \
@@ -62,6 +62,9 @@ study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; 
 	for step in 1 2 3 4; do \
 	    $(VENV)/bin/strlora compare $(ROUTED) --seeds 0,1,2,3,4 --stream alike$$step $(ARGS) || exit; done
 	$(VENV)/bin/strlora compare strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0,1,2,3,4 --stream long $(ARGS)
+	$(VENV)/bin/strlora interference $(addsuffix /seed3,$(addprefix results/mini/windows/,lora strlora strlora_prototypes))
+	for run in results/mini/windows/{strlora_prototypes,same}/seed{0,1,2}; do $(VENV)/bin/strlora eval $$run --split held_out || exit; done
+	$(PY) tools/keep_looks.py
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab --notebook-dir nbs
