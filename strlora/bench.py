@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .core import SpecError
 from .folder import PACKAGES, commit, hardware, installed
+from .fullsize import full_size, lines_of
 from .growth import growth
 from .moe.experts import Experts
 from .moe.layer import ROUTERS, MoELinear, released
@@ -42,6 +43,7 @@ class Shape:
     dtype: torch.dtype = torch.float32
     backward: bool = True           # forwards and backwards; False: forwards, without gradient
     samples: int = 4
+    device: str = "cpu"
 
 
 def plain_layer(
@@ -50,7 +52,7 @@ def plain_layer(
     "PEFT's LoRA around one linear layer."
     model = nn.ModuleDict({"linear": nn.Linear(s.width, s.width, bias=False)})
     config = LoraConfig(r=s.rank, lora_alpha=2 * s.rank, lora_dropout=s.dropout, target_modules=["linear"])
-    return inject_adapter_in_model(config, model)["linear"].to(s.dtype)
+    return inject_adapter_in_model(config, model)["linear"].to(s.device, s.dtype)
 
 
 def routed_layer(
@@ -62,7 +64,7 @@ def routed_layer(
     experts = Experts(s.width, s.width, s.experts, s.rank, 2 * s.rank, s.dropout, "kaiming")
     nn.init.normal_(experts.B, std=0.01)
     layer = MoELinear(nn.Linear(s.width, s.width, bias=False), experts, ROUTERS[router](s.width, s.width, s.experts, **settings))
-    return layer.to(s.dtype)
+    return layer.to(s.device, s.dtype)
 
 
 def layer_pass(
@@ -71,9 +73,9 @@ def layer_pass(
 ) -> Callable[[], None]:
     "One pass of a layer; the penalty of a router joins the backward pass."
     generator = torch.Generator().manual_seed(0)
-    x, pull = (torch.randn(s.samples, s.tokens, s.width, generator=generator).to(s.dtype) for _ in range(2))
-    instruction = torch.randn(s.samples, s.width, generator=generator)
-    real = torch.ones(s.samples, s.tokens, dtype=torch.bool)
+    x, pull = (torch.randn(s.samples, s.tokens, s.width, generator=generator).to(s.device, s.dtype) for _ in range(2))
+    instruction = torch.randn(s.samples, s.width, generator=generator).to(s.device)
+    real = torch.ones(s.samples, s.tokens, dtype=torch.bool, device=s.device)
     x.requires_grad_(s.backward)
 
     def once() -> None:
@@ -89,9 +91,11 @@ def layer_pass(
 Group = tuple[str, dict[str, tuple[Callable[[], Any], float | None]]]  # reference; name → way and target
 
 
-def layer_groups() -> Iterator[Group]:
+def layer_groups(
+    device: str = "cpu",  # where it is measured
+) -> Iterator[Group]:
     "Everything that is measured of a layer; ways of one group have one reference."
-    base = Shape()
+    base = Shape(device=device)
 
     def group(s: Shape, *rows: tuple[str, float | None, dict[str, Any]]) -> Group:
         ways = {name: (layer_pass(routed_layer(s, **settings), s), target) for name, target, settings in rows}
@@ -106,15 +110,18 @@ def layer_groups() -> Iterator[Group]:
         "no dropout": {"dropout": 0.0}, "forwards only": {"backward": False}, "width 256": {"width": 256},
         "width 2048": {"width": 2048, "samples": 1}, "64 tokens": {"tokens": 64}, "1024 tokens": {"tokens": 1024, "samples": 1},
         "bfloat16": {"dtype": torch.bfloat16, "samples": 1}, "float16": {"dtype": torch.float16, "samples": 1}}
+    if device != "cpu": others["a layer of Qwen3-8B, bfloat16"] = {"width": 4096, "samples": 8, "tokens": 512, "dtype": torch.bfloat16}
     for name, changes in others.items():
         yield group(dataclasses.replace(base, **changes), (f"two stages, penalty, {name}", None, two))
 
 
-def compile_groups() -> Iterator[Group]:
+def compile_groups(
+    device: str = "cpu",  # where it is measured
+) -> Iterator[Group]:
     "What `torch.compile` changes, for both."
     if shutil.which("c++") is None and shutil.which("g++") is None:
         raise SpecError(expected="a C++ compiler", found="none", where="strlora bench compile", remedy="torch.compile needs one on a CPU.")
-    s = Shape()
+    s = Shape(device=device)
     layers = {"LoRA": plain_layer(s), "LoRA, compiled": plain_layer(s), "two stages, penalty": routed_layer(s, attention_dim=64),
               "two stages, penalty, compiled": routed_layer(s, attention_dim=64)}
     for name, layer in layers.items():
@@ -122,20 +129,26 @@ def compile_groups() -> Iterator[Group]:
     yield "LoRA", {name: (layer_pass(layer, s), None) for name, layer in layers.items()}
 
 
-def scale_groups() -> Iterator[Group]:
+def scale_groups(
+    device: str = "cpu",  # where it is measured
+) -> Iterator[Group]:
     "More experts of the same rank each, of which a sample uses two, against four."
-    shapes = {n: Shape(experts=n, rank=16 * n) for n in (4, 8, 16, 32, 64)}
+    shapes = {n: Shape(experts=n, rank=16 * n, device=device) for n in (4, 8, 16, 32, 64)}
     ways = {f"{n} experts": (layer_pass(routed_layer(s, attention_dim=64), s), 1.5 if n == 64 else None) for n, s in shapes.items()}
     yield "4 experts", ways
 
 # %% ../nbs/14i_bench.ipynb #dd1da3e6
-def step_groups() -> Iterator[Group]:
-    "A training step."
+def step_groups(
+    device: str = "cpu",  # nowhere else
+) -> Iterator[Group]:
+    "A training step of the mini model, which stays on a CPU."
     targets = {"our LoRA": 1.05, "StrLoRA": 1.3, BLOCK: 1.3, PROTOTYPES: 1.3}
     yield "LoRA", {name: (step_of(job_of(*words)), targets.get(name)) for name, words in TRAINED.items()}
 
 
-def generate_groups() -> Iterator[Group]:
+def generate_groups(
+    device: str = "cpu",  # nowhere else
+) -> Iterator[Group]:
     "Generation: nine tenths of the tokens in the same time are 1/0.9 of the time for the same tokens."
     targets = dict.fromkeys(("StrLoRA", BLOCK, PROTOTYPES), 1 / 0.9)
     yield "LoRA", {name: (answer_of(job_of(*words)), targets.get(name)) for name, words in NAMES.items()}
@@ -152,22 +165,26 @@ def memory_rows() -> list[Ratio]:
     return [Ratio(f"{name}, peak memory", r, r, r, None if name in ("our LoRA", XLORA) else 1.1) for name, r in ratios.items()]
 
 # %% ../nbs/14i_bench.ipynb #4d264c4c
-PARTS: dict[str, Callable[[], Iterator[Group]]] = {"layer": layer_groups, "step": step_groups, "generate": generate_groups,
+PARTS: dict[str, Callable[[str], Iterator[Group]]] = {"layer": layer_groups, "step": step_groups, "generate": generate_groups,
                                                    "scale": scale_groups, "compile": compile_groups}
 
 
 def measured(
     part: str,         # of `PARTS`
-    rounds: int = 40,
+    rounds: int = 40,     # each way runs once a round
+    device: str = "cpu",  # where; the mini model stays on a CPU
 ) -> list[Ratio]:
     "All rows of one part."
+    if device != "cpu" and (part in ("step", "generate") or not torch.cuda.is_available()):
+        raise SpecError(expected="a CPU for the mini model" if torch.cuda.is_available() else "a GPU", found=device, where="--device",
+                        remedy="`strlora bench full` measures steps and answers on a GPU; layer, scale and compile can, too.")
     if rounds < 3: raise SpecError(expected="at least 3 rounds", found=rounds, where="--rounds", remedy="Give a larger number.")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows: list[Ratio] = []
-    for i, (reference, ways) in enumerate(PARTS[part]()):
+    for i, (reference, ways) in enumerate(PARTS[part](device)):
         with tqdm(total=rounds + 2, desc=f"{part} {i + 1}", file=sys.stderr, leave=False, disable=not sys.stderr.isatty()) as shown:
-            found = side_by_side({name: way for name, (way, _) in ways.items()}, reference, rounds, seen=shown.update)
+            found = side_by_side({name: way for name, (way, _) in ways.items()}, reference, rounds, torch.device(device), shown.update)
         rows += [summed_up(name, found[name], target) for name, (_, target) in ways.items() if name != reference]
     return rows + (memory_rows() if part == "step" else [])
 
@@ -191,11 +208,17 @@ def command(
 ) -> int:
     "`strlora bench`"
     torch.set_num_threads(1)
-    told = lambda name: print(f"growth of {name}", file=sys.stderr, flush=True)
-    rows, series = growth(args.rounds, seen=told) if args.part == "growth" else (measured(args.part, args.rounds), [])
+    told = lambda name: print(f"{args.part}: {name}", file=sys.stderr, flush=True)
+    rows: list[Ratio] = []
+    series: list[dict[str, Any]] = []
+    table: list[dict[str, Any]] = []
+    rounds = args.rounds if args.rounds is not None else 10 if args.part == "full" else 40
+    if args.part == "growth": rows, series = growth(rounds, seen=told)
+    elif args.part == "full": rows, table = full_size(args.base, args.tiles, rounds, pairs=args.set, seen=told)
+    else: rows = measured(args.part, rounds, args.device)
     sha, dirty = commit()
-    record = {"part": args.part, "rounds": args.rounds, "rows": [dataclasses.asdict(r) for r in rows],
-              **({"series": series} if series else {}),
+    record = {"part": args.part, "rounds": rounds, "rows": [dataclasses.asdict(r) for r in rows],
+              **({"series": series} if series else {}), **({"base": args.base, "table": table} if table else {}),
               "hardware": hardware(), "versions": {name: installed(name) for name in PACKAGES}, "commit": sha, "dirty": dirty}
-    print(json.dumps(record, indent=1) if args.json else written(args.part, rows))
+    print(json.dumps(record, indent=1) if args.json else "\n".join([written(args.part, rows), *([""] if table else []), *lines_of(table)]))
     return 0

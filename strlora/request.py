@@ -68,7 +68,7 @@ def add_plan(
     p.set_defaults(seed=None, threads=None, limit=None, data=None, images=None)
 
 
-BENCH_HELP = "what routing costs, as ratios to PEFT's LoRA of the same total rank, measured side by side on one CPU thread"
+BENCH_HELP = "what routing costs, as ratios to PEFT's LoRA of the same total rank, measured side by side, on one CPU thread or on a GPU"
 
 
 def add_bench(
@@ -76,12 +76,19 @@ def add_bench(
 ) -> None:
     "Options of `strlora bench`."
     p = verbs.add_parser("bench", help=BENCH_HELP, description=f"{BENCH_HELP[0].upper()}{BENCH_HELP[1:]}.")
-    p.add_argument("part", choices=["layer", "step", "generate", "scale", "compile", "growth"], metavar="PART",
+    p.add_argument("part", choices=["layer", "step", "generate", "scale", "compile", "growth", "full"], metavar="PART",
                    help="layer: one linear layer; step: a training step of the mini model; generate: its answers; "
                         "scale: number of experts; compile: one layer under torch.compile; "
-                        "growth: late chunks of a long stream against early ones, for every method")
-    p.add_argument("--rounds", type=int, default=40, metavar="N",
-                   help="each way runs once a round; of growth: chunks at either end (default: 40)")
+                        "growth: late chunks of a long stream against early ones, for every method; "
+                        "full: steps and answers of a backbone in full size with random weights, on a GPU")
+    p.add_argument("--rounds", type=int, metavar="N",
+                   help="each way runs once a round; of growth: chunks at either end (default: 40; of full: 10)")
+    p.add_argument("--device", default="cpu", help="of layer, scale and compile: where, for example cuda (default: cpu)")
+    p.add_argument("--base", default="models/internvl3_5_8b", metavar="NAME",
+                   help="of full: a backbone of the paper (default: %(default)s)")
+    p.add_argument("--tiles", type=int, default=0, metavar="N",
+                   help="of full: tiles of a picture (default: the most it can have)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of full: change a setting; may be repeated")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 

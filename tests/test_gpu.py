@@ -1,0 +1,70 @@
+"On a GPU: every method trains, is asked, stops and goes on; numbers agree with those of a CPU as far as arithmetic allows."
+import pytest
+import torch
+from small import make_base, rows, session, short_spec
+
+from strlora import runs
+from strlora.fullsize import Way, allocated, random_model, spec_for
+from strlora.methods.table import METHODS
+from strlora.trainer import train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory): return make_base(tmp_path_factory.mktemp("base"))
+
+
+def words(method, device, *pairs):
+    "A method on a device; 32 experts need a rank that they divide."
+    return (f"method={method}", f"device={device}", *(["r=64"] if method in ("strlora_prototypes", "olora") else []), *pairs)
+
+
+def first_losses(base, method, device, steps=3):
+    "Losses of the first steps in float32, without dropout."
+    job = session(base, *words(method, device, "lora_dropout=0.0"))
+    run, chunk = job.trainer, job.seen.chunks[0]
+    run.samples = chunk.samples
+    for moment in ("stream_start", "chunk_start"): run.moment(moment)
+    run.model.train()
+    return [train_step(run, make(), 1.0)["loss"] for make in run.batches(chunk)[:steps]]
+
+
+@pytest.mark.parametrize("method", ["lora", "strlora", "strlora_prototypes", "same"])
+def test_losses_are_those_of_a_cpu(base, method):
+    here, there = first_losses(base, method, "cpu"), first_losses(base, method, "auto")
+    assert there == pytest.approx(here, rel=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_from_stream_to_answers(base, method, precision, tmp_path):
+    spec = short_spec(base, *words(method, "auto", f"precision={precision}"))
+    runs.start(spec, tmp_path/"run")
+    asked = rows(tmp_path/"run")
+    assert asked and {row["after_chunk"] for row in asked} >= {0 if method == "zero_shot" else spec.stream.chunks}
+    if method != "zero_shot": assert all(row["loss"] > 0 for row in rows(tmp_path/"run", "train"))
+
+
+@pytest.mark.parametrize("method", ["strlora", "strlora_prototypes", "ewc"])
+def test_an_interrupted_run_goes_on(base, method, tmp_path, monkeypatch):
+    true = runs.Recorder.step_done
+
+    def stop(self, run, row):
+        true(self, run, row)
+        if run.total == 5: raise KeyboardInterrupt
+    monkeypatch.setattr(runs.Recorder, "step_done", stop)
+    with pytest.raises((KeyboardInterrupt, runs.Interrupted)): runs.start(short_spec(base, *words(method, "auto")), tmp_path/"run")
+    monkeypatch.undo()
+    runs.resume(tmp_path/"run")
+    assert [row["step"] for row in rows(tmp_path/"run", "train")] == list(range(1, 10))
+
+
+def test_adapters_share_their_weights_and_what_they_take_is_counted():
+    device = torch.device("cuda")
+    model = random_model("mini", torch.bfloat16, device)
+    before = allocated(device)
+    way = Way(model, spec_for("mini", "strlora"), 1, peft=False)
+    there, planned = way.gigabytes()
+    assert allocated(device) - before < 2 * sum(p.numel() * p.element_size() for p in model.parameters()) + 1e9
+    assert 0 < there and 0 < planned
