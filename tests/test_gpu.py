@@ -1,6 +1,7 @@
 "On a GPU: every method trains, is asked, stops and goes on; numbers agree with those of a CPU as far as arithmetic allows."
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from small import make_base, rows, session, short_spec
 
 from strlora import runs
@@ -9,6 +10,14 @@ from strlora.methods.table import METHODS
 from strlora.trainer import train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    "A process has one precision; each test here stands for a process of its own."
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
