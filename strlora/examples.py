@@ -6,9 +6,7 @@
 __all__ = ['FATES', 'RIGHT', 'STYLE', 'fate', 'fates', 'chosen', 'asked', 'embedded', 'strip', 'cards']
 
 # %% ../nbs/16e_examples.ipynb #c09b3898
-import base64
 import html
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ import pandas as pd
 
 from .artefacts import Run
 from .core import unknown
-from .style import look
+from .style import address, look
 
 # %% ../nbs/16e_examples.ipynb #29e2b3e1
 FATES = {"kept": "right once, and right ever after", "regained": "lost in between, right at the end",
@@ -78,9 +76,7 @@ def embedded(
     words: str = "", # what is seen, for those who do not see it
 ) -> str:            # <img>
     "A picture within a page."
-    picture.save(file := io.BytesIO(), "PNG")
-    code = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{code}" width="{width}" alt="{html.escape(words, quote=True)}">'
+    return f'<img src="{address(picture)}" width="{width}" alt="{html.escape(words, quote=True)}">'
 
 # %% ../nbs/16e_examples.ipynb #0315d6f1
 STYLE = """<style>

@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from .core import SpecError
+from .style import address
 
 # %% ../nbs/16g_looks.ipynb #8fb0b900
 LOOK = """<style>
@@ -64,7 +65,7 @@ def panel(
     boxes = "".join(f'<i style="left:{100 * (k % side) / side:.2f}%;top:{100 * (k // side) / side:.2f}%;width:{100 / side:.2f}%;'
                     f'height:{100 / side:.2f}%;background:{colour(main[i], e)}66" title="expert {main[i]}"></i>'
                     for k, i in enumerate(spots)) if side else ""
-    eye = f'<div class="eye" style="background-image:url({_source(picture)})">{boxes}</div>' if picture is not None else ""
+    eye = f'<div class="eye" style="background-image:url({address(picture)})">{boxes}</div>' if picture is not None else ""
     said = [(i, word, kind) for i, (word, kind) in enumerate(zip(look["words"], kinds, strict=True)) if kind != "image"]
     words = "".join(f'<span class="w {kind}" style="background:{colour(main[i], e)}55" title="expert {main[i]}, {weights[i][main[i]]:.2f}">'
                     f"{html.escape(word)}</span>" for i, word, kind in said)
@@ -78,10 +79,6 @@ def panel(
             f"<div>{words}</div>{where}{bars}{more}</div></div>")
 
 
-def _source(picture: Image.Image) -> str:
-    picture.save(file := io.BytesIO(), "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
 # %% ../nbs/16g_looks.ipynb #73bc3dbd
 def choices(
     looks: Sequence[Sequence[dict[str, Any]]],  # of `looked`: [pictures][instructions]
@@ -94,7 +91,7 @@ def choices(
     rows, columns = range(len(looks)), range(len(looks[0]))
     radio = "".join(f'<input type="radio" name="{name}-{kind}" id="{name}-{kind}{i}"{" checked" if i == 0 else ""}>'
                     for kind, some in (("p", rows), ("q", columns)) for i in some)
-    eyes = "".join(f'<label for="{name}-p{i}"><img src="{_source(pictures[i])}" width="56" alt="picture {i + 1}"></label>' for i in rows)
+    eyes = "".join(f'<label for="{name}-p{i}"><img src="{address(pictures[i])}" width="56" alt="picture {i + 1}"></label>' for i in rows)
     asked = "".join(f'<label for="{name}-q{j}">{html.escape(looks[0][j]["question"])}</label>' for j in columns)
     panels = "".join(f'<div class="pane" id="{name}-{i}-{j}">{panel(looks[i][j], pictures[i])}</div>' for i in rows for j in columns)
     chosen = ",".join(f"#{name}-p{i}:checked~#{name}-q{j}:checked~.panes>#{name}-{i}-{j}" for i in rows for j in columns)

@@ -6,9 +6,7 @@
 __all__ = ['LOOK', 'drawn', 'configurations', 'environment', 'section', 'table', 'firsts', 'page', 'write']
 
 # %% ../nbs/17a_page.ipynb #50715661
-import base64
 import html
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,10 +26,9 @@ def drawn(
     "A figure within the page; it is closed."
     figure = (axes if isinstance(axes, Axes) else axes[0]).get_figure(root=True)
     assert figure is not None
-    figure.savefig(file := io.BytesIO(), format="png", dpi=110, metadata={"Software": None})
+    source = style.address(figure)
     plt.close(figure)
-    code = base64.b64encode(file.getvalue()).decode()
-    return f'<img class="figure" src="data:image/png;base64,{code}" alt="{html.escape(words, quote=True)}">'
+    return f'<img class="figure" src="{source}" alt="{html.escape(words, quote=True)}">'
 
 
 def configurations(

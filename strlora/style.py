@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['INK', 'FAINT', 'RULE', 'BAND', 'STYLE', 'SMALL', 'METHODS', 'SPARE', 'DASHES', 'SEA', 'HEAT', 'look', 'styled',
-           'notebook', 'save', 'as_runs', 'by_method', 'order', 'about', 'shown_stream', 'caption', 'headline',
-           'spread', 'heat', 'colour_bar', 'chunk_ticks', 'strip', 'composition']
+           'notebook', 'save', 'address', 'as_runs', 'by_method', 'order', 'about', 'shown_stream', 'caption',
+           'headline', 'spread', 'heat', 'colour_bar', 'chunk_ticks', 'strip', 'composition']
 
 # %% ../nbs/16a_style.ipynb #f461ed49
+import base64
+import io
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,6 +113,18 @@ def save(
         figure.savefig(temporary, format=path.suffix[1:], dpi=dpi, metadata=metadata[path.suffix])
     plt.close(figure)
     return path
+
+
+def address(
+    picture: Any,    # of Pillow, or a figure
+    dpi: int = 110,  # of a figure
+) -> str:            # for `src` or `url()`
+    "A picture as an address that holds all of it, for pages in one file."
+    file = io.BytesIO()
+    if isinstance(picture, Figure): picture.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    else: picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
 
 # %% ../nbs/16a_style.ipynb #4e6bdcd2
 def as_runs(
