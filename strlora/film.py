@@ -20,7 +20,7 @@ from .core import SpecError
 from .overlap import shares
 from .style import INK, look
 
-# %% ../nbs/16i_film.ipynb #85f6c79f
+# %% ../nbs/16i_film.ipynb #66414fd6
 def arrived(
     run: Run,    # of one method
     after: int,  # first chunk
@@ -34,47 +34,44 @@ def arrived(
 def frame(
     run: Run,      # with routing
     after: int,    # first chunk of those that are shown
-    until: int,    # last one, with a record of routing; 0: before training
+    until: int,    # last one, with a record of routing
     split: str = "proxy",  # which test sets
 ) -> Figure:
     "One moment of the stream."
     tasks, scores = style.order(run.tasks), run.scores(split)
     weight = lambda chunk: 100 * shares(run.routing, chunk).groupby(level="task", observed=True).mean().loc[tasks]
-    last, top = weight(until or None) * (until > 0), weight(None).to_numpy().max()
+    last, top = weight(until), weight(None).to_numpy().max()
     experts, rows = last.shape[1], range(len(tasks))
     now, best = scores.loc[until, tasks], scores.loc[:until, tasks].max()
     with style.styled():
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8.6, 3.5), sharey=True, layout="constrained",
                                                      width_ratios=[1.5, 3.2, 1.8])
-        new = arrived(run, after, until)[tasks] if until else pd.Series(0.0, tasks)
-        left.barh(rows, new, color=look(run.method)[1], height=0.72)
+        left.barh(rows, arrived(run, after, until)[tasks], color=look(run.method)[1], height=0.72)
         left.set(xlim=(0, 60), xlabel="% of these chunks", title="arrives")
         style.heat(middle, last, top, gaps=0.6, shown=16)
         middle.set(xlabel=f"{experts} experts", title="goes to")
         right.barh(rows, now, color=look(run.method)[1], height=0.72)
         right.plot(best, rows, "|", color=INK, markersize=9)
-        right.set(xlim=(0, 100), xlabel="score now; | best so far", title="is answered")
+        right.set(xlim=(0, 100), xlabel="score; the mark: best so far", title="is answered")
         for axes in (left, right): axes.xaxis.grid(True)
         for axes in (left, middle, right):
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             axes.set_axisbelow(True)
         left.set(yticks=rows, yticklabels=tasks, ylim=(len(tasks) - 0.5, -0.5))
-        seen = f"chunks {after} to {until} of {len(run.counts)}" if until else "before the first chunk"
-        figure.suptitle(f"{look(run.method)[0]}, {seen}", x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.suptitle(f"{look(run.method)[0]}, chunks {after} to {until} of {len(run.counts)}", x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         style.caption(figure, f"Middle: mean weight over layers and tokens. {style.about([run], split)}")
     return figure
 
-# %% ../nbs/16i_film.ipynb #c6870633
+# %% ../nbs/16i_film.ipynb #e784975d
 def frames(
     run: Run,              # with routing
     split: str = "proxy",  # which test sets
 ) -> Iterator[Figure]:
-    "Before training, and after every chunk with a record of routing."
+    "After every chunk with a record of routing."
     if run.routing is None or run.routing.empty:
         raise SpecError(expected="a run with a record of routing", found=run.method, where="film",
                         remedy="Methods with one expert have nothing to route; see eval.routing_every.")
-    yield frame(run, 0, 0, split)
     before = 0
     for until in sorted(map(int, run.routing["after_chunk"].unique())):
         yield frame(run, before + 1, until, split)
