@@ -20,7 +20,7 @@ from .core import SpecError
 from .overlap import shares
 from .style import INK, look
 
-# %% ../nbs/16i_film.ipynb #66414fd6
+# %% ../nbs/16i_film.ipynb #8d3576ef
 def arrived(
     run: Run,    # of one method
     after: int,  # first chunk
@@ -59,7 +59,7 @@ def frame(
             axes.spines[:].set_visible(False)
             axes.set_axisbelow(True)
         left.set(yticks=rows, yticklabels=tasks, ylim=(len(tasks) - 0.5, -0.5))
-        figure.suptitle(f"{look(run.method)[0]}, chunks {after} to {until} of {len(run.counts)}", x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        style.headline(figure, f"{look(run.method)[0]}, chunks {after} to {until} of {len(run.counts)}")
         style.caption(figure, f"Middle: mean weight over layers and tokens. {style.about([run], split)}")
     return figure
 

@@ -9,6 +9,7 @@ __all__ = ['looked', 'kept', 'command', 'explorer']
 import argparse
 import base64
 import html
+import importlib
 import io
 import json
 import os
@@ -99,13 +100,14 @@ def explorer(
     tokens: int = 20,                 # of an answer, at most
 ) -> Any:                             # a widget
     "Ask about a picture in a notebook and see how the question is routed."
-    try: import ipywidgets as w
+    try: w = importlib.import_module("ipywidgets")  # for notebooks alone; the package does without
     except ImportError as error:
         raise SpecError(expected="ipywidgets", found="not installed", where="explorer", remedy="pip install ipywidgets") from error
     if not pictures: raise SpecError(expected="at least one picture", found="none", where="explorer", remedy="Give a list of pictures.")
     full = w.Layout(width="98%")
     which = w.ToggleButtons(options=[(str(i + 1), i) for i in range(len(pictures))], description="picture")
-    own, layer = w.FileUpload(accept="image/*", description="or your own"), w.IntSlider(-1, -1, -1, description="layer", continuous_update=False)
+    own = w.FileUpload(accept="image/*", description="or your own")
+    layer = w.IntSlider(-1, -1, -1, description="layer", continuous_update=False)
     question = w.Combobox(value=questions[0] if questions else "", options=list(questions), description="question", layout=full,
                           continuous_update=False, placeholder="write a question, then Enter")
     eyes = "".join(f'<figure style="display:inline-block;margin:4px"><img src="{address(p)}" width="64" alt="picture {i + 1}">'
