@@ -16,7 +16,7 @@ COMPARED := strlora_prototypes strlora strlora_released lora ewc lwf replay olor
 ABLATED  := strlora_select strlora_weigh strlora_no_reg strlora_frozen
 ROUTED   := strlora_prototypes strlora strlora_released moelora smolora same branchlora
 
-.PHONY: help setup run test test-all nbtest site figures study study-more lab lint export fresh readme clean
+.PHONY: help setup run test test-all nbtest site figures study study-more reproduce lab lint export fresh readme clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; 
 	$(VENV)/bin/strlora interference $(addsuffix /seed3,$(addprefix results/mini/windows/,lora strlora strlora_prototypes))
 	for run in results/mini/windows/{strlora_prototypes,same}/seed{0,1,2}; do $(VENV)/bin/strlora eval $$run --split held_out || exit; done
 	$(PY) tools/keep_looks.py
+
+reproduce: $(READY)  ## make a run of the study once more and compare (RUN=results/mini/windows/lora/seed4; none: any)
+	$(PY) tools/reproduce.py $(RUN)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab --notebook-dir nbs
