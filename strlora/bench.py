@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Group', 'PARTS', 'Shape', 'plain_layer', 'routed_layer', 'layer_pass', 'layer_groups', 'compile_groups',
-           'scale_groups', 'step_groups', 'generate_groups', 'memory_rows', 'measured', 'written', 'command']
+           'scale_groups', 'step_groups', 'generate_groups', 'memory_rows', 'measured', 'written', 'check_options',
+           'command']
 
 # %% ../nbs/14i_bench.ipynb #45599088
 import dataclasses
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .core import SpecError
 from .folder import PACKAGES, commit, hardware, installed
-from .fullsize import full_size, lines_of
+from .fullsize import BASE, full_size, lines_of
 from .growth import growth
 from .moe.experts import Experts
 from .moe.layer import ROUTERS, MoELinear, released
@@ -175,9 +176,9 @@ def measured(
     device: str = "cpu",  # where; the mini model stays on a CPU
 ) -> list[Ratio]:
     "All rows of one part."
-    if device != "cpu" and (part in ("step", "generate") or not torch.cuda.is_available()):
-        raise SpecError(expected="a CPU for the mini model" if torch.cuda.is_available() else "a GPU", found=device, where="--device",
-                        remedy="`strlora bench full` measures steps and answers on a GPU; layer, scale and compile can, too.")
+    if torch.device(device).type != "cpu" and part in ("step", "generate"):
+        raise SpecError(expected="a CPU for the mini model", found=device, where="--device",
+                        remedy="`strlora bench full` measures steps and answers on a GPU.")
     if rounds < 3: raise SpecError(expected="at least 3 rounds", found=rounds, where="--rounds", remedy="Give a larger number.")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -192,15 +193,36 @@ def measured(
 def written(
     part: str,           # of `PARTS`
     rows: list[Ratio],   # of `measured`
+    rounds: int = 40,    # behind each
 ) -> str:
     "The rows for a reader."
     wide = max(len(r.name) for r in rows)
     reference = {"scale": "four experts", "growth": "the first chunks of 250"}.get(part, "PEFT's LoRA of the same rank")
-    lines = [f"{part}: ratio to {reference}, median and 95 % interval", ""]
+    spread = "95 % interval" if rounds >= 6 else f"lowest and highest of {rounds} rounds, too few for an interval"
+    lines = [f"{part}: ratio to {reference}, median and {spread}", ""]
     for r in rows:
         aim = "" if r.target is None else f"   target {r.target:.2f}   {'met' if r.met else 'missed'}"
         lines.append(f"{r.name:<{wide}}   {r.ratio:5.2f}   {r.low:.2f} to {r.high:.2f}{aim}")
     return "\n".join(lines)
+
+
+def check_options(
+    args: Namespace,  # of `strlora bench`
+) -> None:
+    "A `SpecError` for an option that the part does not take, and for a device that is not there."
+    takes = {"full": ("base", "tiles", "set"), "layer": ("device",), "scale": ("device",), "compile": ("device",)}.get(args.part, ())
+    for name in ("base", "tiles", "set", "device"):
+        if getattr(args, name) is not None and name not in takes:
+            raise SpecError(expected=f"options of {args.part}", found=f"--{name}", where="strlora bench", remedy="Leave it out.")
+    if args.device is None: return
+    try: device = torch.device(args.device)
+    except RuntimeError as error:
+        raise SpecError(expected="cpu or cuda", found=args.device, where="--device", remedy="Correct the name.") from error
+    if device.type == "cpu": return
+    there = torch.cuda.device_count() if device.type == "cuda" else 0
+    if (device.index or 0) >= there:
+        raise SpecError(expected=f"one of {there} GPUs" if there else "cpu, as there is no GPU here", found=args.device, where="--device",
+                        remedy="Choose another." if there else "Leave it out.")
 
 
 def command(
@@ -212,13 +234,16 @@ def command(
     rows: list[Ratio] = []
     series: list[dict[str, Any]] = []
     table: list[dict[str, Any]] = []
+    check_options(args)
     rounds = args.rounds if args.rounds is not None else 10 if args.part == "full" else 40
     if args.part == "growth": rows, series = growth(rounds, seen=told)
-    elif args.part == "full": rows, table = full_size(args.base, args.tiles, rounds, pairs=args.set, seen=told)
-    else: rows = measured(args.part, rounds, args.device)
+    elif args.part == "full": rows, table = full_size(args.base or BASE, args.tiles or 0, rounds, pairs=args.set or (), seen=told)
+    else: rows = measured(args.part, rounds, args.device or "cpu")
     sha, dirty = commit()
     record = {"part": args.part, "rounds": rounds, "rows": [dataclasses.asdict(r) for r in rows],
-              **({"series": series} if series else {}), **({"base": args.base, "table": table} if table else {}),
+              **({"series": series} if series else {}),
+              **({"base": args.base or BASE, "tiles": args.tiles or 0, "set": args.set or [], "table": table} if table else {}),
               "hardware": hardware(), "versions": {name: installed(name) for name in PACKAGES}, "commit": sha, "dirty": dirty}
-    print(json.dumps(record, indent=1) if args.json else "\n".join([written(args.part, rows), *([""] if table else []), *lines_of(table)]))
+    text = "\n".join([written(args.part, rows, rounds), *([""] if table else []), *lines_of(table)])
+    print(json.dumps(record, indent=1, allow_nan=False) if args.json else text)
     return 0

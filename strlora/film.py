@@ -20,7 +20,7 @@ from .core import SpecError
 from .overlap import shares
 from .style import INK, look
 
-# %% ../nbs/16i_film.ipynb #8d3576ef
+# %% ../nbs/16i_film.ipynb #f9bcab55
 def arrived(
     run: Run,    # of one method
     after: int,  # first chunk
@@ -42,17 +42,19 @@ def frame(
     weight = lambda chunk: 100 * shares(run.routing, chunk).groupby(level="task", observed=True).mean().loc[tasks]
     last, top = weight(until), weight(None).to_numpy().max()
     experts, rows = last.shape[1], range(len(tasks))
-    now, best = scores.loc[until, tasks], scores.loc[:until, tasks].max()
+    asked = scores.index[scores.index <= until].max()  # questions may be asked less often than routing is recorded
+    now, best = scores.loc[asked, tasks], scores.loc[:until, tasks].max()
+    new = arrived(run, after, until)[tasks]
     with style.styled():
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8.6, 3.5), sharey=True, layout="constrained",
                                                      width_ratios=[1.5, 3.2, 1.8])
-        left.barh(rows, arrived(run, after, until)[tasks], color=look(run.method)[1], height=0.72)
-        left.set(xlim=(0, 60), xlabel="% of these chunks", title="arrives")
+        left.barh(rows, new, color=look(run.method)[1], height=0.72)
+        left.set(xlim=(0, max(60, new.max())), xlabel="% of these chunks", title="arrives")
         style.heat(middle, last, top, gaps=0.6, shown=16)
         middle.set(xlabel=f"{experts} experts", title="goes to")
         right.barh(rows, now, color=look(run.method)[1], height=0.72)
         right.plot(best, rows, "|", color=INK, markersize=9)
-        right.set(xlim=(0, 100), xlabel="score; the mark: best so far", title="is answered")
+        right.set(xlim=(0, 100), xlabel=f"score after chunk {asked}; mark: best so far", title="is answered")
         for axes in (left, right): axes.xaxis.grid(True)
         for axes in (left, middle, right):
             axes.tick_params(length=0)
@@ -63,7 +65,7 @@ def frame(
         style.caption(figure, f"Middle: mean weight over layers and tokens. {style.about([run], split)}")
     return figure
 
-# %% ../nbs/16i_film.ipynb #e784975d
+# %% ../nbs/16i_film.ipynb #68ffde78
 def frames(
     run: Run,              # with routing
     split: str = "proxy",  # which test sets
@@ -92,6 +94,7 @@ def film(
         with style.styled(): figure.savefig(drawn, format="png", dpi=dpi)
         pictures.append(Image.open(drawn).convert("RGB"))
         plt.close(figure)
+    if not pictures: raise SpecError(expected="at least one figure", found="none", where="film", remedy="See `frames`.")
     palette = pictures[-1].quantize(colours, dither=Image.Dither.NONE)
     pictures = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     shown = io.BytesIO()

@@ -83,12 +83,11 @@ def add_bench(
                         "full: steps and answers of a backbone in full size with random weights, on a GPU")
     p.add_argument("--rounds", type=int, metavar="N",
                    help="each way runs once a round; of growth: chunks at either end (default: 40; of full: 10)")
-    p.add_argument("--device", default="cpu", help="of layer, scale and compile: where, for example cuda (default: cpu)")
-    p.add_argument("--base", default="models/internvl3_5_8b", metavar="NAME",
-                   help="of full: a backbone of the paper (default: %(default)s)")
-    p.add_argument("--tiles", type=int, default=0, metavar="N",
+    p.add_argument("--device", help="of layer, scale and compile: where, for example cuda (default: cpu)")
+    p.add_argument("--base", metavar="NAME", help="of full: a backbone of the paper (default: models/internvl3_5_8b)")
+    p.add_argument("--tiles", type=int, metavar="N",
                    help="of full: tiles of a picture (default: the most it can have)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of full: change a setting; may be repeated")
+    p.add_argument("--set", action="append", metavar="KEY=VALUE", help="of full: change a setting that all ways have; may be repeated")
     p.add_argument("--json", action="store_true", help="print JSON on stdout")
 
 

@@ -104,7 +104,7 @@ def explorer(
     except ImportError as error:
         raise SpecError(expected="ipywidgets", found="not installed", where="explorer", remedy="pip install ipywidgets") from error
     if not pictures: raise SpecError(expected="at least one picture", found="none", where="explorer", remedy="Give a list of pictures.")
-    full = w.Layout(width="98%")
+    full, pictures = w.Layout(width="98%"), [picture.convert("RGB") for picture in pictures]
     which = w.ToggleButtons(options=[(str(i + 1), i) for i in range(len(pictures))], description="picture")
     own = w.FileUpload(accept="image/*", description="or your own")
     layer = w.IntSlider(-1, -1, -1, description="layer", continuous_update=False)
@@ -119,12 +119,17 @@ def explorer(
         try:
             picture = Image.open(io.BytesIO(own.value[0]["content"])).convert("RGB") if own.value else pictures[which.value]
             found = looked(speaker, [picture], question.value, tokens, layer.value)
-        except (OSError, ValueError) as error:  # a file that is no picture, a question that cannot be asked
+        except (OSError, ValueError, Image.DecompressionBombError) as error:  # a file that is no picture, a question that cannot be asked
             shown.value = f"<p>{html.escape(str(error))}</p>"
             return
         layer.min, layer.max = -len(found["layers"]), -1
         shown.value = f"{LOOK}{panel(found, picture)}<p><small>{html.escape(found['layer'])}</small></p>"
 
-    for control in (which, own, layer, question): control.observe(look, "value")
+    def back(_: Any) -> None:  # a picture of the row takes the place of one's own
+        if own.value: own.value = ()
+        else: look()
+
+    which.observe(back, "value")
+    for control in (own, layer, question): control.observe(look, "value")
     look()
     return w.VBox([w.HTML(eyes), w.HBox([which, own, layer]), question, shown])

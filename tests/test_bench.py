@@ -69,6 +69,21 @@ def test_compiling_without_a_compiler_is_one_line(capsys, monkeypatch):
     assert main(["bench", "compile"]) == 2 and "C++ compiler" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words, said", [(["full", "--device", "cpu"], "options of full"), (["layer", "--tiles", "2"], "options of layer"),
+                                         (["layer", "--device", "banana"], "cpu or cuda"), (["layer", "--device", "cuda:99"], "GPU"),
+                                         (["full", "--base", "mini", "--tiles", "-1"], "tiles"), (["full", "--base", "nosuch"], "nosuch"),
+                                         (["full", "--base", "mini", "--set", "method=lora"], "method=lora")])
+def test_options_that_mean_nothing_are_one_line(words, said, capsys):
+    assert main(["bench", *words]) == 2
+    found = capsys.readouterr().err
+    assert said in found and found.count("\n") == 1
+
+
+def test_few_rounds_are_not_called_an_interval():
+    row = bench.Ratio("x", 1.0, 0.9, 1.1, None)
+    assert "95 %" in bench.written("layer", [row], 40) and "lowest and highest of 3" in bench.written("layer", [row], 3)
+
+
 def test_too_few_rounds_are_refused(capsys):
     assert main(["bench", "layer", "--rounds", "2"]) == 2 and "at least 3 rounds" in capsys.readouterr().err
     with pytest.raises(SpecError): bench.measured("scale", 0)

@@ -5,7 +5,7 @@ from accelerate.state import AcceleratorState
 from small import make_base, rows, session, short_spec
 
 from strlora import runs
-from strlora.fullsize import Way, allocated, random_model, spec_for
+from strlora.fullsize import Way, random_model, spec_for
 from strlora.methods.table import METHODS
 from strlora.trainer import train_step
 
@@ -70,10 +70,9 @@ def test_an_interrupted_run_goes_on(base, method, tmp_path, monkeypatch):
 
 
 def test_adapters_share_their_weights_and_what_they_take_is_counted():
-    device = torch.device("cuda")
-    model = random_model("mini", torch.bfloat16, device)
-    before = allocated(device)
+    model = random_model("mini", torch.bfloat16, torch.device("cuda"))
+    frozen = {p.data_ptr() for p in model.parameters() if p.dim() > 1}
     way = Way(model, spec_for("mini", "strlora"), 1, peft=False)
+    assert frozen <= {p.data_ptr() for p in way.model.parameters()}, "no weight was copied"
     there, planned = way.gigabytes()
-    assert allocated(device) - before < 2 * sum(p.numel() * p.element_size() for p in model.parameters()) + 1e9
-    assert 0 < there and 0 < planned
+    assert 0.3 * planned < there < 3 * planned, "small tensors round up, so a mini model is not where a plan is exact"

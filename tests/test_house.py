@@ -13,9 +13,13 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from strlora.report import seeds_of
+
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
@@ -350,3 +354,13 @@ def test_wheel_and_archive_build_and_hold_the_assets(tmp_path):
     wanted = {str(p.relative_to(ROOT)) for p in tracked() if p.is_relative_to(ROOT / "strlora") and p.name != "_modidx.py"}
     assert not wanted - held, sorted(wanted - held)
     assert not [f for f in held if f.startswith(("nbs/", "tests/"))]
+
+
+@pytest.mark.parametrize("name", ["verdict", "reproduction"])
+def test_tables_on_the_front_page_are_of_all_runs(name):
+    table = pd.read_csv(ROOT/"results"/"mini"/f"{name}.csv")
+    if name == "verdict":
+        assert set(table["seeds"]) == {len(seeds_of(list(dict.fromkeys(table["method"]))))}
+    else:
+        found = dict(zip(table["claim"], table["found here"], strict=True))["StrLoRA keeps more than tuning one adapter in sequence"]
+        assert f", {len(seeds_of(['strlora', 'lora']))} seeds" in found
