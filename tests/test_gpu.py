@@ -15,8 +15,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on
 @pytest.fixture(autouse=True)
 def fresh():
     "A process has one precision; each test here stands for a process of its own."
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
+    torch.cuda.reset_peak_memory_stats()
     yield
+    assert torch.cuda.max_memory_allocated() > 0, "the test has run on a CPU"
+    forget()
+
+
+def forget():
+    "Accelerate keeps device and precision of the first job of a process: without this a second one would follow it onto the CPU."
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -31,8 +38,10 @@ def words(method, device, *pairs):
 
 def first_losses(base, method, device, steps=3):
     "Losses of the first steps in float32, without dropout."
+    forget()
     job = session(base, *words(method, device, "lora_dropout=0.0"))
     run, chunk = job.trainer, job.seen.chunks[0]
+    assert run.accelerator.device.type == ("cpu" if device == "cpu" else "cuda")
     run.samples = chunk.samples
     for moment in ("stream_start", "chunk_start"): run.moment(moment)
     run.model.train()
