@@ -56,7 +56,8 @@ def folder_of(
 ) -> Path:
     "results/ for a clean commit and a published spec, scratch/ for all else."
     clean = published and not commit()[1]
-    data = spec.stream.name if spec.scale == "mini" else Path(spec.model.base).name  # what varies at this scale
+    base = Path(spec.model.base).name
+    data = base if spec.scale != "mini" else spec.stream.name if base == "mini" else f"{spec.stream.name}-{base}"
     path = Path(root)/("results" if clean else "scratch")/spec.scale/data/spec.method
     mark = "" if clean else digest(spec)
     return path/(f"seed{spec.seed}-{mark}" if mark else f"seed{spec.seed}")

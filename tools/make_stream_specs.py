@@ -4,6 +4,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "mini"
 STREAMS = ("strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4", "long")
+BASES = ("gemma3",)  # bases of another family, in results/mini/base, on the windows stream
 LOOKED_AT = {("strcvit", name) for name in ("lora", "joint", "zero_shot", "strlora")}  # full sets after every fifth chunk, for a figure
 
 
@@ -26,8 +27,25 @@ def moved(
     return "\n".join([first, *chosen, body])
 
 
+def on_base(
+    text: str,    # a spec of the windows stream
+    method: str,  # whose
+    base: str,    # another base than the package's
+) -> str:
+    "The same settings on another base model."
+    head, body = re.match(r"((?:#[^\n]*\n)*)\n*(.*)", text, re.DOTALL).groups()
+    chosen = [line.replace("chosen", "chosen on the package's base") for line in head.splitlines() if "chosen by" in line]
+    first = f"# {method} on a base with a language model of another family ({base}): the windows stream, 25 x 400 samples."
+    return "\n".join([first, *chosen, body.rstrip("\n"), "", "[model]", f'base = "results/mini/base/{base}"', ""])
+
+
 if __name__ == "__main__":
     for stream in STREAMS:
         for path in sorted((FOLDER / "windows").glob("*.toml")):
             (FOLDER / stream).mkdir(exist_ok=True)
             (FOLDER / stream / path.name).write_text(moved(path.read_text(encoding="utf-8"), path.stem, stream), encoding="utf-8")
+    for base in BASES:
+        for path in sorted((FOLDER / "windows").glob("*.toml")):
+            (FOLDER / f"windows-{base}").mkdir(exist_ok=True)
+            spec = on_base(path.read_text(encoding="utf-8"), path.stem, base)
+            (FOLDER / f"windows-{base}" / path.name).write_text(spec, encoding="utf-8")
