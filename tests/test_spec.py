@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from strlora.core import SpecError, sources
+from strlora.folder import folder_of
 from strlora.methods.table import METHODS
 from strlora.spec import GROUPS, RunSpec, as_dict, digest, explain, flat, load, override, resolve
 
@@ -18,8 +19,7 @@ def test_every_experiment_resolves_and_holds_only_differences(path):
     spec, base = resolve(given, path), flat(as_dict(resolve({"method": given.get("method", "strlora")})))
     base["method"] = "strlora"
     for name, value in flat(given).items(): assert base.get(name, "") != value, f"{name} = {value} is the default"
-    data = spec.stream.name if spec.scale == "mini" else Path(spec.model.base).name
-    assert (spec.scale, data, spec.method) == (*path.parts[-3:-1], path.stem), "folder and name say what is run"
+    assert folder_of(spec).parts[1:4] == (*path.parts[-3:-1], path.stem), "folder and name say what is run"
 
 
 def test_there_are_experiments():
