@@ -113,13 +113,13 @@ def trained(spec):
     return job, found
 
 
-METHODS = ["ewc", *(pytest.param(m, marks=pytest.mark.slow) for m in ("branchlora", "replay", "same", "lwf", "olora", "smolora"))]
+METHODS = ["ewc", "strlora_prototypes", *(pytest.param(m, marks=pytest.mark.slow) for m in ("branchlora", "replay", "same", "lwf", "olora", "smolora"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_that_look_at_samples_outside_steps_see_the_readable_ones(copy, base, method):
     spoil(copy, {(1, i): cut for i in range(4)} | {(2, 1): remove})
-    pairs = {"replay": ["memory=8", "replay_share=0.5"], "same": ["freeze_after=1"], "olora": ["r=32"]}.get(method, [])
+    pairs = {"replay": ["memory=8", "replay_share=0.5"], "same": ["freeze_after=1"], "olora": ["r=32"], "strlora_prototypes": ["r=32"]}.get(method, [])
     job, steps = trained(spec_on(copy, base, f"method={method}", "stream.chunks=2", "save_every=0", *pairs))
     size = sum(sum(row.values()) for row in job.seen.plan)
     assert sum(row["samples"] for row in steps) <= size - 5 and all(torch.isfinite(torch.tensor(row["loss"])) for row in steps)

@@ -73,9 +73,9 @@ def loss_and_gradients(model, batch, autocast=False):
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
-@pytest.mark.parametrize("method", ["strlora", "lora"])
+@pytest.mark.parametrize("method", ["strlora", "lora", "strlora_prototypes"])
 def test_two_steps_with_several_pictures_and_tiles(family, method):
-    made = job(family, f"method={method}")
+    made = job(family, f"method={method}", *(["r=32"] if method == "strlora_prototypes" else []))
     batch = made.trainer.batch(SAMPLES)
     pictures = len(batch["pixel_values"].flatten(0, -4))
     assert pictures > sum(len(s.images) for s in SAMPLES) or family == "gemma3", "tiles, and a view of the whole"

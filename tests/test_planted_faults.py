@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from strlora.checks import CHECKS, Failed
+from strlora.checks import CHECKS
 from strlora.core import sourced
 from strlora.methods.base import AdapterSettings, Method, Part, single_expert
 from strlora.moe.experts import Routing
 from strlora.moe.layer import BLIND, ROUTERS, TwoStageRouter
 from strlora.moe.signal import prompt_mean
-from strlora.trial import Bench, known
+from strlora.trial import Bench, Failed, known
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,33 @@ class HooksTheBase(Part):
     def stream_start(self, run): run.model.get_base_model().lm_head.register_forward_hook(lambda module, args, out: out + out.abs())
 
 
+class Told(Pull):
+    "A penalty that knows how many tasks a chunk has."
+    def loss(self, run, batch, out):
+        found = super().loss(run, batch, out)
+        return {name: term * len({sample.task for sample in run.samples}) for name, term in found.items()}
+
+
+class Numbered(Part):
+    "Steps that are longer for tasks that came late."
+    def __init__(self): self.names = []
+
+    def chunk_start(self, run): self.names = list(dict.fromkeys([*self.names, *(s.task for s in run.samples)]))
+
+    def after_backward(self, run):
+        late = self.names.index(run.samples[0].task)
+        for p in run.model.parameters():
+            if p.grad is not None: p.grad[..., : 1 + late].zero_()
+
+
+class Curious(Part):
+    "Learns from whatever it is asked."
+    def stream_start(self, run):
+        def look(module, args, out):
+            if not module.training: next(p for p in run.model.parameters() if p.requires_grad).data.mul_(1.001)
+        run.model.get_base_model().lm_head.register_forward_hook(look)
+
+
 def pulled(part, **more):
     return Method("planted", "a fault", Weighed, adapter=single_expert, penalty=lambda s: part(s.weight), weights=("settings.weight",), **more)
 
@@ -179,6 +206,9 @@ FAULTS = {
     "a number that is not saved": (routing("forgetful"), "saving keeps", "buffers"),
     "an anchor that is not saved": (pulled(Unsaved), "a crash is nothing", "resumed"),
     "a copy of its neighbour": (Method("planted", "a fault", AdapterSettings, adapter=single_expert), "it is itself", "than lora"),
+    "a penalty that counts tasks": (pulled(Told), "names are not read", "true names"),
+    "steps by the number of a task": (updated(Numbered), "names are not read", "true names"),
+    "a learner from questions": (updated(Curious), "questions teach nothing", "moved"),
     "a memory without bound": (pulled(Growing), "memory is bounded", "after chunk 4"),
 }
 

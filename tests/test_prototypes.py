@@ -1,4 +1,6 @@
 "Prototypes of instructions, experts that move alone, and what holds the shared ones."
+import dataclasses
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -6,7 +8,7 @@ from small import check_resumed, make_base, session, short_spec
 from test_tuner import plain, prompt
 from tiny import batch, internvl, stir
 
-from strlora.core import SpecError
+from strlora.core import RecordError, SpecError
 from strlora.methods.ewc import fisher_information
 from strlora.backbones.collate import Collator
 from strlora.methods.hold import shared_weights
@@ -92,7 +94,10 @@ def test_springs_do_not_count_as_evidence(base):
 def test_the_pull_is_towards_the_anchor_and_reaches_shared_experts_only(base):
     job = session(base, *METHOD, "stream.chunks=2")
     run, hold = job.trainer, job.trainer.parts["penalty"]
-    run.train_chunk(job.seen.chunks[0], Watcher())
+    for chunk in range(2):                       # the anchor moves on with every chunk
+        run.chunk, run.step = chunk + 1, 0
+        run.train_chunk(job.seen.chunks[chunk], Watcher())
+        assert torch.equal(hold.anchor, torch.cat([w.flatten() for w in shared_weights(job.model, 4)]))
     batch = run.batch(run.samples[:2])
     assert hold.loss(run, batch, None)["hold"] == 0, "at the anchor nothing pulls"
     with torch.no_grad():
@@ -115,6 +120,38 @@ def test_one_prototype_for_each_task_if_the_task_is_told(base):
     job = session(base, *METHOD, "oracle_task_id=true")
     job.trainer.fit(job.seen)
     assert known(job).seen.number == len({s.task for chunk in job.stream.chunks for s in chunk.samples})
+
+
+@pytest.mark.parametrize("pairs", [("chunk_size=1", "batch_size=1"), ("prototypes=2",), ("prototypes=1", "threshold=1"), ("accumulation=2",),
+                                   ("shared=0", "top_k=12"), ("cue=false", "geometry='none'")],
+                         ids=["one sample", "few prototypes", "one prototype", "accumulated", "all private", "text alone"])
+def test_odd_sizes_train_and_answer(base, pairs):
+    job = session(base, *METHOD, *pairs)
+    before = {n: b.A.detach().clone() for n, b in banks(job).items()}
+    job.trainer.fit(job.seen)
+    assert 1 <= known(job).seen.number <= job.spec.settings.prototypes
+    assert any(not torch.equal(b.A, before[n]) for n, b in banks(job).items())
+    assert all(torch.isfinite(p).all() for b in banks(job).values() for p in b.parameters())
+    assert len(job.ask("proxy", 4)) == 2 * len(job.stream.tests)
+
+
+@pytest.mark.parametrize("text", ["", "   "])
+def test_a_sample_that_asks_nothing_is_named(base, text):
+    job = session(base, *METHOD, "stream.chunks=1")
+    chunk = job.seen.chunks[0]
+    asked = [dataclasses.replace(sample, instruction=text) if i == 5 else sample for i, sample in enumerate(chunk.samples)]
+    job.seen = dataclasses.replace(job.seen, chunks=[dataclasses.replace(chunk, samples=asked)])
+    with pytest.raises(RecordError, match=asked[5].id): job.trainer.fit(job.seen)
+
+
+def test_bfloat16_learns_and_routes_as_float32_does(base):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        job = session(base, *METHOD, f"model.dtype={dtype}")
+        job.trainer.fit(job.seen)
+        found[dtype] = known(job).seen.number, known(job).seen.means.dtype
+        assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for b in banks(job).values() for p in b.parameters())
+    assert found["bfloat16"] == found["float32"], "as many prototypes, and in full precision"
 
 
 @pytest.mark.parametrize("pairs, where", [(("shared=16",), "top_k"), (("gate=-1",), "gate"), (("top_k=0",), "top_k"), (("threshold=2",), "threshold"),
