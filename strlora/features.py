@@ -32,7 +32,7 @@ class Features:
         folder: str | Path,       # made when something is kept
         limit: int = 2 * 10**9,   # bytes of all files together: about 25 streams of 10,000 pictures
     ):
-        self.folder, self.limit = Path(folder), limit
+        self.folder, self.limit, self.fresh = Path(folder), limit, limit  # bytes written since the last look; the first one looks
 
     def get(
         self,
@@ -47,7 +47,10 @@ class Features:
             return kept
         made = make()
         with atomic_file(path) as temporary: save_file({"features": made.contiguous()}, temporary)
-        self.shrink()
+        self.fresh += made.nbytes
+        if self.fresh > self.limit / 20:  # to look at thousands of files after each new one takes longer than to make it
+            self.fresh = 0
+            self.shrink()
         return made
 
     def shrink(self) -> None:

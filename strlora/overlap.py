@@ -38,13 +38,15 @@ def entropy(
 def routing_precision(
     routing: pd.DataFrame,   # of a run
     after_chunk: int | None = None,  # None: the last that was recorded
-) -> dict[str, Any]:         # means over layers: `overlap` of two tasks, `bits` about the task, `experts` in use
-    "How well the experts tell the tasks apart."
-    overlap, bits, used = [], [], []
+) -> dict[str, Any]:         # means over layers: `overlap` of two tasks, `bits` about the task, `at most`, `experts` in use
+    "How well the experts tell the tasks apart; experts that weigh the same for all tasks tell nothing, so that fewer bits are possible."
+    overlap, bits, most, used = [], [], [], []
     for _, p in shares(routing, after_chunk).groupby(level="layer", sort=False):
         pairs = itertools.combinations(range(len(p)), 2)
         overlap.append(sum(p.iloc[[a, b]].min().sum() for a, b in pairs) / math.comb(len(p), 2))
-        mean = p.mean()
+        mean, choice = p.mean(), p.loc[:, p.max() - p.min() > 1e-6]
+        most.append(choice.sum(axis=1).mean() * math.log2(max(1, min(choice.shape))))
         bits.append(entropy(mean.to_frame().T).iloc[0] - entropy(p).mean())
         used.append(2 ** entropy(mean.to_frame().T).iloc[0])
-    return {"overlap": sum(overlap) / len(overlap), "bits": sum(bits) / len(bits), "experts": sum(used) / len(used)}
+    return {"overlap": sum(overlap) / len(overlap), "bits": sum(bits) / len(bits), "at most": sum(most) / len(most),
+            "experts": sum(used) / len(used)}

@@ -37,12 +37,14 @@ def interferences(
 
 def between(
     table: pd.DataFrame,   # of `interferences`
-) -> pd.DataFrame:         # one row a method: means over pairs of different tasks and seeds, the worst rise, the share of opposed pairs
+) -> pd.DataFrame:         # one row a method: means over pairs of different tasks and seeds, the worst rise, what a push teaches, the share of opposed pairs
     "What the tables come to."
     pairs = table[table["task"] != table["other"]]
     groups = pairs.groupby("method", sort=False)
     out = groups[list(NUMBERS)].mean()
     out["worst rise"] = groups["rise"].max()
+    own = table[table["task"] == table["other"]].groupby("method", sort=False)["rise"].mean()
+    out["own fall"] = -own  # a push that teaches little may hurt little
     out["opposed"] = groups["cosine"].apply(lambda x: (x < 0).mean())
     return out.reset_index()
 
