@@ -46,6 +46,7 @@ def arms(
     seeds: Sequence[int],
     limit: int | None,   # smoke test
     files: Sequence[str] = (),  # of `stream_of`
+    also: Sequence[str] = (),   # "name=value", changed together with it
 ) -> dict[str, list[Child]]:    # value as text → its runs; the tuned value first
     "The runs of an ablation."
     if method not in METHODS: raise unknown("method", method, METHODS, "strlora ablate")
@@ -57,10 +58,13 @@ def arms(
     before = flat(as_dict(tuned[0].spec))
     found: dict[str, list[Child]] = {}
     for value in values:
-        runs = some(f"{name}={value}", [f"{name}={value}"])
+        try: runs = some(f"{name}={value}", [f"{name}={value}", *also])
+        except SpecError as error:  # of what was asked for, not of the file that the rest stands in
+            where = " ".join([f"strlora ablate {method} {name}={value}", *also])
+            raise SpecError(str(error).partition(": ")[2] or str(error), where=where) from None
         after = flat(as_dict(runs[0].spec))
         whole = next((key for key in after if key == name or key.rpartition(".")[2] == name), name)
-        for run in runs: run.label = f"{name}={after[whole]}"
+        for run in runs: run.label = " ".join([f"{name}={after[whole]}", *also])
         if after[whole] != before[whole]: found[str(after[whole])] = runs
         if whole.startswith("stream.") and whole not in SEEDS:
             raise SpecError(expected="a setting of method or training", found=whole, where="strlora ablate",
@@ -103,7 +107,7 @@ def command(
     "`strlora ablate`"
     stream, files = stream_of(args)
     name = pair_of(args.setting)[0]
-    found = arms(args.method, args.setting, stream, seeds_of(args.seeds), args.limit, files)
+    found = arms(args.method, args.setting, stream, seeds_of(args.seeds), args.limit, files, args.also)
     runs = [run for group in zip(*found.values(), strict=True) for run in group]  # a pair is whole before the next begins
     if args.dry_run:
         rows = [{"setting": r.label, "seed": r.spec.seed, "status": settle(r), "folder": str(r.folder)} for r in runs]
@@ -114,7 +118,7 @@ def command(
     if not done: raise TrainingError("all runs of the ablation failed", where=failed[0].log, remedy="Mend the cause, then try again.")
     single, home = one_chunk(args.method, stream), "results" if args.limit is None and not args.data else "scratch"
     where = experiment(args.method, stream, data=args.data).parent.name  # tells streams in files apart
-    place = Path(home, "mini", "ablation", where, f"{args.method}.{name.rpartition('.')[2]}.csv")
+    place = Path(home, "mini", "ablation", where, f"{args.method}.{'+'.join(word.partition('=')[0].rpartition('.')[2] for word in [name, *args.also])}.csv")
     write_tried(place, beside(place, [scored(run, single, {name: run.label.partition("=")[2]}) for run in done]))
     frame = result(found)
     if args.limit is not None: print("a smoke test: its numbers mean nothing", file=sys.stderr)

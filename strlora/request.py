@@ -120,6 +120,8 @@ def add_studies(
     a = verbs.add_parser("ablate", help=ABLATE_HELP, description=f"{ABLATE_HELP[0].upper()}{ABLATE_HELP[1:]}.")
     a.add_argument("method", metavar="METHOD", help="a name from `strlora methods`")
     a.add_argument("setting", metavar="NAME=VALUE,...", help="a setting of `strlora run --method METHOD --dry-run` and values to try")
+    a.add_argument("--also", action="append", default=[], metavar="NAME=VALUE",
+                   help="another setting, changed together with it; may be repeated")
     a.add_argument("--seeds", default="100,101,102,103,104", metavar="LIST", help="of 100 to 109 (default: 100,101,102,103,104)")
     q = verbs.add_parser("compare", help=COMPARE_HELP, description=f"{COMPARE_HELP[0].upper()}{COMPARE_HELP[1:]}.")
     q.add_argument("methods", nargs="+", metavar="METHOD", help="names from `strlora methods`")

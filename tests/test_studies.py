@@ -184,7 +184,7 @@ def files(place):
 def test_studies_on_files_keep_to_themselves(files):
     "Other folders than the built-in stream's; settings that a search on these files chose come first, those of other files do not count."
     own, built_in = (json.loads(said("compare", "lora", "--seeds", "0", *words, "--dry-run", "--json")[1])[0] for words in (["--data", files], []))
-    assert own["folder"] != built_in["folder"] and own["folder"].startswith("scratch/mini/windows/lora/seed0-") and "--data mini" in own["command"]
+    assert own["folder"] != built_in["folder"] and own["folder"].startswith("scratch/mini/windows-base0/lora/seed0-") and "--data mini" in own["command"]
     moved = str(Path(files).rename("other"))
     images = json.loads(said("compare", "lora", "--seeds", "0", "--data", moved, "--images", f"{moved}/images", "--dry-run", "--json")[1])[0]
     assert images["folder"] not in (own["folder"], built_in["folder"]) and "--images other/images" in images["command"]
@@ -301,3 +301,14 @@ def test_an_ablation_keeps_what_it_has_tried(place, tmp_path):
     assert ablate.pair_of("train.betas=[0.9,0.99],[0.8,0.9]") == ("train.betas", ["[0.9,0.99]", "[0.8,0.9]"])
     for pair, word in (("stream.chunk_size=4", "compare --stream"), ("train.grad_norm_every=3", "another setting")):
         with pytest.raises(SpecError, match=word): ablate.arms("lora", pair, "windows", [100], None)
+
+
+def test_settings_can_be_ablated_together_and_errors_name_what_was_asked():
+    from strlora import ablate
+    found = ablate.arms("strlora_prototypes", "picture=0.25", "windows", [100], None, also=["threshold=0.6"])
+    tuned, other = (run.spec.settings for (run,) in found.values())
+    assert (tuned.picture, tuned.threshold, other.picture, other.threshold) == (0.0, 0.7, 0.25, 0.6)
+    assert list(found.values())[1][0].label == "picture=0.25 threshold=0.6"
+    for pair, also, words in (("geometry=round", (), "strlora ablate strlora_prototypes geometry=round: unknown geometry"),
+                              ("gate=1", ("hold=0",), "gate=1 hold=0: unknown setting 'hold'")):
+        with pytest.raises(SpecError, match=words): ablate.arms("strlora_prototypes", pair, "windows", [100], None, also=also)
