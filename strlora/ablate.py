@@ -118,7 +118,8 @@ def command(
     if not done: raise TrainingError("all runs of the ablation failed", where=failed[0].log, remedy="Mend the cause, then try again.")
     single, home = one_chunk(args.method, stream), "results" if args.limit is None and not args.data else "scratch"
     where = experiment(args.method, stream, data=args.data).parent.name  # tells streams in files apart
-    place = Path(home, "mini", "ablation", where, f"{args.method}.{'+'.join(word.partition('=')[0].rpartition('.')[2] for word in [name, *args.also])}.csv")
+    names = "+".join(word.partition("=")[0].rpartition(".")[2] for word in [name, *args.also])
+    place = Path(home, "mini", "ablation", where, f"{args.method}.{names}.csv")
     write_tried(place, beside(place, [scored(run, single, {name: run.label.partition("=")[2]}) for run in done]))
     frame = result(found)
     if args.limit is not None: print("a smoke test: its numbers mean nothing", file=sys.stderr)

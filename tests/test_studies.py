@@ -189,7 +189,7 @@ def test_studies_on_files_keep_to_themselves(files):
     images = json.loads(said("compare", "lora", "--seeds", "0", "--data", moved, "--images", f"{moved}/images", "--dry-run", "--json")[1])[0]
     assert images["folder"] not in (own["folder"], built_in["folder"]) and "--images other/images" in images["command"]
     grid = json.loads(said("tune", "lora", "--data", moved, "--dry-run", "--json")[1])
-    assert grid[0]["folders"] and all(f.startswith("scratch/mini/windows/lora/seed10") for f in grid[0]["folders"])
+    assert grid[0]["folders"] and all(f.startswith("scratch/mini/windows-base0/lora/seed10") for f in grid[0]["folders"])
     file = experiment("lora", "windows", data=moved)
     assert file.parts[0] == "scratch" != experiment("lora", "windows").parts[0]
     toml.land(file, "lora", {"train.lr": 5e-4}, "`strlora tune lora --data other`", "windows")
