@@ -37,7 +37,7 @@ def interferences(
 
 def between(
     table: pd.DataFrame,   # of `interferences`
-) -> pd.DataFrame:         # one row a method: means over pairs of different tasks and seeds, the worst rise, what a push teaches, the share of opposed pairs
+) -> pd.DataFrame:         # one row a method: means over pairs of tasks and seeds, the worst rise, what a push teaches, opposed pairs
     "What the tables come to."
     pairs = table[table["task"] != table["other"]]
     groups = pairs.groupby("method", sort=False)

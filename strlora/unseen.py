@@ -48,7 +48,8 @@ def names_are_not_read(bench: Bench, method: str) -> str:
     told, untold = Job(bench.spec(method)), Job(bench.spec(method))
     names = misnamed(untold.seen.chunks, untold.stream.tasks)
     untold.seen = replace(untold.seen, chunks=names)
-    assert any(a.task != b.task for old, new in zip(told.seen.chunks, names, strict=True) for a, b in zip(old.samples, new.samples, strict=True))
+    pairs = [(a, b) for old, new in zip(told.seen.chunks, names, strict=True) for a, b in zip(old.samples, new.samples, strict=True)]
+    assert any(a.task != b.task for a, b in pairs), "the names are others"
     for job in (told, untold): job.trainer.fit(job.seen)
     a, b = everything(told), everything(untold)
     if not equal(a, b):
