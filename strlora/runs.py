@@ -48,9 +48,10 @@ class Recorder(Watcher):
         self.job, self.folder, self.progress, self.spec = job, folder, progress, job.spec
         self.main, self.stop = job.accelerator.is_main_process, 0  # the signal that asks to stop
         self.chunks, self.answered = len(job.stream.plan), Answered(folder, 0, self.main)
+        self.most = 0  # numbers that the method's parts were seen to keep beside the weights
 
     def save(self) -> None:
-        state = training_state(self.job.trainer)
+        state, self.most = training_state(self.job.trainer), max(self.most, state_size(self.job))
         if self.main: checkpoint.save(self.folder/"checkpoint", self.job.model, state, as_dict(self.spec))
 
     def part(self, chunk: int, name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -236,7 +237,7 @@ def follow(
     if main: note(folder, info, "running", started)
     if main: write_json(folder/"stream.json", job.stream.manifest())
     try:
-        with peers(job, folder): train(job, folder)
+        with peers(job, folder): most = train(job, folder)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk has said so already
             if main: merge_rows(folder)
@@ -245,7 +246,7 @@ def follow(
         raise
     if main: finish(folder)
     if main and job.trains: write_card(folder)
-    if main: note(folder, {**info, "state": state_size(job), **missing(folder, job.too_long()), **record()}, "finished", started)
+    if main: note(folder, {**info, "state": most, **missing(folder, job.too_long()), **record()}, "finished", started)
     job.accelerator.wait_for_everyone()
     return folder
 
@@ -278,7 +279,7 @@ def note(
 def train(
     job: Job,      # of the run
     folder: Path,  # of the run
-) -> None:
+) -> int:          # the most numbers that the method's parts kept beside the weights, as far as saves saw them
     "The part of a run that takes long."
     spec, plan = job.spec, job.seen.plan
     size = spec.train.batch_size * spec.train.accumulation
@@ -296,3 +297,4 @@ def train(
             if fresh: recorder.floor()
             if job.trains: job.trainer.fit(job.seen, recorder)
     finally: progress.close()
+    return recorder.most

@@ -57,6 +57,7 @@ NOTES = {
     ("strlora_released", "gemma3_4b"): ("The official scripts for Gemma also train chunk 1 for three epochs with all experts, and freeze the prototypes from",
                                         "chunk 2 on. Here chunk 1 is one pass with top_k = 2, and all parts of a router freeze together."),
     ("ewc", ""): ("The official EWC changes no gradient; weight, decay and samples of the Fisher are ours.",),
+    ("strlora_prototypes", ""): ("Experts, gate and springs are those of the mini benchmark before its search; nobody has searched them at this size.",),
     ("joint", ""): ("One chunk, so one learning rate: the official one of chunk 1.",),
 }
 
