@@ -39,7 +39,8 @@ def frame(
 ) -> Figure:
     "One moment of the stream."
     tasks, scores = style.order(run.tasks), run.scores(split)
-    weight = lambda chunk: 100 * shares(run.routing, chunk).groupby(level="task", observed=True).mean().loc[tasks]
+    layer = run.routing["layer"].iloc[-1]  # an expert's number means nothing in another layer
+    weight = lambda chunk: 100 * shares(run.routing, chunk).loc[layer].loc[tasks]
     last, top = weight(until), weight(None).to_numpy().max()
     experts, rows = last.shape[1], range(len(tasks))
     asked = scores.index[scores.index <= until].max()  # questions may be asked less often than routing is recorded
@@ -54,7 +55,7 @@ def frame(
         middle.set(xlabel=f"{experts} experts", title="goes to")
         right.barh(rows, now, color=look(run.method)[1], height=0.72)
         right.plot(best, rows, "|", color=INK, markersize=9)
-        right.set(xlim=(0, 100), xlabel=f"score after chunk {asked}; mark: best so far", title="is answered")
+        right.set(xlim=(0, 100), xlabel=f"score after chunk {asked}\n(mark: best so far)", title="is answered")
         for axes in (left, right): axes.xaxis.grid(True)
         for axes in (left, middle, right):
             axes.tick_params(length=0)
@@ -62,7 +63,7 @@ def frame(
             axes.set_axisbelow(True)
         left.set(yticks=rows, yticklabels=tasks, ylim=(len(tasks) - 0.5, -0.5))
         style.headline(figure, f"{look(run.method)[0]}, chunks {after} to {until} of {len(run.counts)}")
-        style.caption(figure, f"Middle: mean weight over layers and tokens. {style.about([run], split)}")
+        style.caption(figure, f"Middle: share of the weight over tokens in the last layer with experts. {style.about([run], split)}")
     return figure
 
 # %% ../nbs/16i_film.ipynb #68ffde78

@@ -24,6 +24,7 @@ from .costs import course, ratios, read_bench  # noqa: F401
 from .curves import accuracy_by_task, accuracy_over_stream  # noqa: F401
 from .examples import FATES, asked, cards, chosen, fates  # noqa: F401
 from .looks import choices, read  # noqa: F401
+from .overlap import entropy
 from .proxies import against, distances, pairs  # noqa: F401
 from .pushes import between, interferences, pushes  # noqa: F401
 from .style import composition, look, notebook, save  # noqa: F401
@@ -52,10 +53,16 @@ def score_heatmap(
     return axes
 
 # %% ../nbs/17_plots.ipynb #fe8851e7
-def _routing(run: Run) -> pd.DataFrame | None:
-    "Means over the layers: after_chunk, task, expert, weight, entropy."
+def _routing(run: Run, layer: str | None = None) -> tuple[pd.DataFrame, str] | None:
+    "Shares of the weight in one layer, and its short name; an expert's number means nothing in another layer, so none are averaged."
     if run.routing is None or run.routing.empty: return None
-    return run.routing.groupby(["after_chunk", "task", "expert"], as_index=False, observed=True)[["weight", "entropy"]].mean()
+    layers = list(run.routing["layer"].unique())
+    layer = layers[-1] if layer is None else layer
+    if layer not in layers:
+        raise SpecError(expected=f"one of {', '.join(layers)}", found=layer, where="layer", remedy="Choose a layer with experts.")
+    rows = run.routing[run.routing["layer"] == layer]
+    whole = rows.groupby(["after_chunk", "task"], observed=True)["weight"].transform("sum")
+    return rows.assign(weight=rows["weight"] / whole)[["after_chunk", "task", "expert", "weight"]], layer.partition("layers.")[2] or layer
 
 
 def _nothing(run: Run) -> Axes:
@@ -70,11 +77,13 @@ def _nothing(run: Run) -> Axes:
 def expert_activation(
     run: Run,                        # one run
     after_chunk: int | None = None,  # which record; None: the last
+    layer: str | None = None,        # whose experts; None: the last one's
 ) -> Axes:                           # the heat map; the entropies are `axes.figure.axes[1]`
-    "Mean weight of each expert for each task, over all layers and tokens."
-    frame = _routing(run)
+    "How each task divides its weight among the experts of a layer, over all tokens, and how evenly."
+    found = _routing(run, layer)
     with style.styled():
-        if frame is None: return _nothing(run)
+        if found is None: return _nothing(run)
+        frame, where = found
         after_chunk = int(frame["after_chunk"].max()) if after_chunk is None else after_chunk
         last = frame[frame["after_chunk"] == after_chunk]
         if last.empty:
@@ -87,9 +96,9 @@ def expert_activation(
                                             width_ratios=[wide, 1.5])
         style.heat(axes, weight, max(weight.to_numpy().max(), 100 / e), gaps=1, numbers=e <= 16, shown=16)
         axes.set(xlabel="expert", title=f"Experts per task, {look(run.method)[0]}")
-        _entropies(side, last.groupby("task", observed=True)["entropy"].mean().loc[weight.index], e)
-        style.caption(figure, f"Cells: mean weight in %, over layers and tokens, after chunk {after_chunk}.\n"
-                        f"Dashed: all {e} experts alike. Stream {run.stream['name']}, seed {run.seed}.")
+        _entropies(side, entropy(weight / 100) * np.log(2), e)
+        style.caption(figure, f"Cells: share of the weight in %, over tokens, after chunk {after_chunk}, layer {where}.\n"
+                        f"Right: entropy of a row; dashed: all {e} experts alike. Stream {run.stream['name']}, seed {run.seed}.")
     return axes
 
 
@@ -106,11 +115,13 @@ def _entropies(axes: Axes, entropy: pd.Series, experts: int) -> None:
 def experts_over_stream(
     run: Run,           # one run with routing
     columns: int = 4,   # panels a row
+    layer: str | None = None,  # whose experts; None: the last one's
 ) -> list[Axes]:        # one an expert
-    "Mean weight of each expert, tasks by recorded chunks: one panel an expert."
-    frame = _routing(run)
+    "Share of each expert of a layer, tasks by recorded chunks: one panel an expert."
+    found = _routing(run, layer)
     with style.styled(small=True):
-        if frame is None: return [_nothing(run)]
+        if found is None: return [_nothing(run)]
+        frame, where = found
         experts, tasks, top = sorted(frame["expert"].unique()), style.order(frame["task"].unique()), 100 * frame["weight"].max()
         columns = min(columns, len(experts))
         rows = -(-len(experts) // columns)
@@ -121,9 +132,9 @@ def experts_over_stream(
             weight = frame[frame["expert"] == e].pivot(index="task", columns="after_chunk", values="weight").loc[tasks]
             mesh = style.heat(axes, 100 * weight, top, gaps=0, shown=7)
             axes.set_title(f"expert {e}")
-        style.colour_bar(figure, mesh, grid, "mean weight (%)")
+        style.colour_bar(figure, mesh, grid, "share of the weight (%)")
         style.headline(figure, f"How the experts divide the tasks, {look(run.method)[0]}")
-        style.caption(figure, f"x: after chunk. Mean over layers and tokens. Stream {run.stream['name']}, seed {run.seed}.")
+        style.caption(figure, f"x: after chunk. Mean over tokens, layer {where}. Stream {run.stream['name']}, seed {run.seed}.")
     return list(grid.flat[: len(experts)])
 
 # %% ../nbs/17_plots.ipynb #0658fd14

@@ -106,22 +106,30 @@ def test_heatmap_of_fewer_points(runs):
     assert dots == {(i, j) for i, (a, b) in enumerate([(1, 4), (5, 8)]) for j, t in enumerate(TASK4) if run.counts.loc[a:b, t].any()}
 
 
+def last_layer(run): return run.routing[run.routing["layer"] == run.routing["layer"].unique()[-1]]
+
+
 def test_experts(runs):
     run = runs[0]
     axes = plots.expert_activation(run)
-    frame = run.routing.query("after_chunk == 8").groupby(["task", "expert"])["weight"].mean().unstack().loc[list(TASK4)]
+    frame = last_layer(run).query("after_chunk == 8").pivot(index="task", columns="expert", values="weight").loc[list(TASK4)]
+    frame = frame.div(frame.sum(axis=1), axis=0)
     assert np.allclose(axes.collections[0].get_array(), 100 * frame) and np.allclose(axes.collections[0].get_array().sum(1), 100)
-    entropy = run.routing.query("after_chunk == 8").groupby("task")["entropy"].mean().loc[list(TASK4)]
+    entropy = -(frame * np.log(frame.where(frame > 0, 1))).sum(axis=1)
     assert any(np.allclose(line.get_xdata(), entropy) for line in axes.figure.axes[1].lines if len(line.get_xdata()) == 4)
     early = plots.expert_activation(run, after_chunk=0).collections[0].get_array()
     assert early.max() < 50
+    first = run.routing["layer"].iloc[0]
+    other = plots.expert_activation(run, layer=first).collections[0].get_array()
+    assert first != last_layer(run)["layer"].iloc[0] and not np.allclose(other, 100 * frame), "each layer has experts of its own"
     with pytest.raises(SpecError, match="recorded"): plots.expert_activation(run, after_chunk=77)
+    with pytest.raises(SpecError, match="with experts"): plots.expert_activation(run, layer="none")
 
 
 def test_experts_over_the_stream(runs):
     panels = plots.experts_over_stream(runs[0])
     assert len(panels) == 4 and panels[2].get_title("left") == "expert 2"
-    frame = runs[0].routing.query("expert == 2").groupby(["task", "after_chunk"])["weight"].mean().unstack().loc[list(TASK4)]
+    frame = last_layer(runs[0]).query("expert == 2").pivot(index="task", columns="after_chunk", values="weight").loc[list(TASK4)]
     assert np.allclose(panels[2].collections[0].get_array(), 100 * frame)
 
 
