@@ -170,6 +170,7 @@ def process() -> int:
         if path.suffix in {".md", ".qmd"}:
             (PROC / path.name).write_text(link_symbols(rename_links(path.read_text(encoding="utf-8")), index, path.stem), encoding="utf-8")
     (PROC / "reference.md").write_text(reference(notebooks, index), encoding="utf-8")
+    (PROC / "configuration.md").write_text(configuration(), encoding="utf-8")
     sidebar = PROC / "sidebar.yml"
     sidebar.write_text(re.sub(r"\b(\w+)\.ipynb", lambda m: f"{page_name(Path(m.group(0)))}.ipynb", sidebar.read_text(encoding="utf-8")),
                        encoding="utf-8")
@@ -192,6 +193,29 @@ def reference(notebooks: dict[Path, dict], index: dict[str, str]) -> str:
         if module and rows:
             title = front_matter(notebook, path)[0]["title"]
             parts.append(f"## `strlora.{module}`\n\nChapter: [{title}]({page_name(path)}.html)\n\n| name | what it is |\n|---|---|\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def configuration() -> str:
+    "A page with every setting of a run and of each method: default, meaning, and where the default comes from."
+    from strlora.core import sources
+    from strlora.methods.table import METHODS
+    from strlora.settings import GROUPS, RunSpec
+
+    cell = lambda text: str(text).replace("|", "\\|") or " "
+    parts = ["---\ntitle: Configuration\ndescription: Every setting with its default, its meaning and the source of the default.\n---\n",
+             "Settings are given by `--set NAME=VALUE` or in a file; `strlora run --dry-run` shows those of a run. *ours* stands before a default that "
+             "no publication names; *official* means the code or the scripts of the paper's authors.\n"]
+
+    def table(title: str, record: type, prefix: str) -> None:
+        rows = [f"| `{prefix}{s['name']}` | `{cell(s['default'])}` | {cell(s['help'])} | {cell(s['source'])} |" for s in sources(record)]
+        if rows: parts.append(f"## {title}\n\n| setting | default | meaning | source |\n|---|---|---|---|\n" + "\n".join(rows) + "\n")
+
+    table("The run", RunSpec, "")
+    for name, record in GROUPS.items(): table(f"`{name}`", record, f"{name}.")
+    records: dict[type, list[str]] = {}
+    for name, method in METHODS.items(): records.setdefault(method.settings, []).append(name)
+    for record, names in records.items(): table("Settings of " + ", ".join(f"`{n}`" for n in names), record, "settings.")
     return "\n".join(parts)
 
 
