@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['score_heatmap', 'expert_activation', 'experts_over_stream', 'comparison', 'leads', 'pictures', 'course', 'ratios',
-           'read_bench', 'accuracy_by_task', 'accuracy_over_stream', 'composition', 'look', 'notebook', 'save', 'FATES',
-           'asked', 'cards', 'chosen', 'fates', 'against', 'distances', 'pairs', 'choices', 'read', 'between',
-           'interferences', 'pushes']
+           'read_bench', 'accuracy_by_task', 'accuracy_over_stream', 'accuracy_panels', 'composition', 'look',
+           'notebook', 'save', 'FATES', 'asked', 'cards', 'chosen', 'fates', 'against', 'distances', 'pairs', 'choices',
+           'read', 'between', 'interferences', 'pushes']
 
 # %% ../nbs/17_plots.ipynb #01a44ab2
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from . import style
 from .artefacts import Run
 from .core import SpecError
 from .costs import course, ratios, read_bench  # noqa: F401
-from .curves import accuracy_by_task, accuracy_over_stream  # noqa: F401
+from .curves import accuracy_by_task, accuracy_over_stream, accuracy_panels  # noqa: F401
 from .examples import FATES, asked, cards, chosen, fates  # noqa: F401
 from .looks import choices, read  # noqa: F401
 from .overlap import entropy
@@ -29,7 +29,7 @@ from .proxies import against, distances, pairs  # noqa: F401
 from .pushes import between, interferences, pushes  # noqa: F401
 from .style import composition, look, notebook, save  # noqa: F401
 
-_all_ = ["course", "ratios", "read_bench", "accuracy_by_task", "accuracy_over_stream", "composition", "look", "notebook", "save",
+_all_ = ["course", "ratios", "read_bench", "accuracy_by_task", "accuracy_over_stream", "accuracy_panels", "composition", "look", "notebook", "save",
          "FATES", "asked", "cards", "chosen", "fates", "against", "distances", "pairs",
          "choices", "read", "between", "interferences", "pushes"]
 
