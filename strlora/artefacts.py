@@ -152,6 +152,9 @@ def load_run(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(expected="the folder of a run", found="none", where=folder, remedy="Make one with `strlora run`.")
+    if not (folder/"run.json").exists() and (inside := sorted(p.parent for p in folder.glob("*/run.json"))):
+        raise CheckpointError(expected="the folder of a run", found=f"one that holds {len(inside)} of them", where=folder,
+                              remedy=f"Name them, as {' '.join(map(str, inside[:2]))}.")
     info, stream = _document(folder, "run.json", RUN_KEYS), _document(folder, "stream.json", STREAM_KEYS)
     optional = {name: _frame(folder, name) if (folder / name).exists() else None for name in COLUMNS if name != "predictions.parquet"}
     rules = info["spec"].setdefault("eval", {}).setdefault("rules", "strict")   # older runs could not choose
