@@ -70,5 +70,6 @@ def pushes(
             for side in axes.spines.values(): side.set_visible(False)
         grid[0][0].set_ylabel("pushed")
         style.colour_bar(figure, mesh, list(grid[0]), "rise of the loss, nats a token")
-        style.caption(figure, "Each row: the model goes on with one task alone, by the method's own rules, and is put back.")
+        style.caption(figure, "Each row: the model goes on with one task alone, by the method's own rules, and is put back.\n"
+                              f"The diagonal is the pushed task itself. Rises beyond {limit:g} nats have the darkest colour.")
     return list(grid[0])
