@@ -364,3 +364,12 @@ def test_tables_on_the_front_page_are_of_all_runs(name):
     else:
         found = dict(zip(table["claim"], table["found here"], strict=True))["StrLoRA scores higher over the stream than one adapter tuned in sequence (LoRA)"]
         assert f", {len(seeds_of(['strlora', 'lora']))} seeds" in found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"nbs").glob("2*_fig_*.ipynb")), ids=lambda p: p.name)
+def test_figure_pages_show_what_they_compute(path):
+    "A page of results whose cells were changed and not run would show nothing, or something else."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        last = "".join(cell["source"]).rstrip().split("\n")[-1] if cell["source"] else ""
+        if cell["cell_type"] == "code" and re.match(r"(Markdown|HTML|display)\(|plots\.(?!notebook)", last):
+            assert cell["outputs"], f"run it: {last}"
