@@ -98,7 +98,8 @@ def legend(
              "<b>MAP</b>: the mean score of the tasks seen so far, averaged over the stream; higher is better.",
              "<b>MAF</b>: how far tasks have fallen below their own best; lower is better, and below zero they went on improving.",
              "<b>final AP</b>: the mean score after the last chunk.",
-             "<b>low, high</b>: a 95 % interval over " + ("seeds and samples." if seeds > 1 else "samples; one seed says nothing about others.")]
+             "<b>low, high</b>: a 95 % interval over " + (
+                 "seeds and samples." if seeds > 1 else "samples; one seed says nothing about others.")]
     if reference: words.append(f"<b>difference</b>: from {html.escape(reference)}, on the same seeds.")
     if seeds < 5: words.append("Fewer than five seeds rank nothing.")
     return f"<p class=quiet>{' '.join(words)}</p>"

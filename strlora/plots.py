@@ -6,7 +6,7 @@
 __all__ = ['score_heatmap', 'expert_activation', 'experts_over_stream', 'comparison', 'leads', 'pictures', 'course', 'ratios',
            'read_bench', 'accuracy_by_task', 'accuracy_over_stream', 'accuracy_panels', 'composition', 'look',
            'notebook', 'save', 'FATES', 'asked', 'cards', 'chosen', 'fates', 'against', 'distances', 'pairs', 'choices',
-           'read', 'between', 'interferences', 'pushes']
+           'read', 'between', 'interferences', 'likeness', 'pushes']
 
 # %% ../nbs/17_plots.ipynb #01a44ab2
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ from .examples import FATES, asked, cards, chosen, fates  # noqa: F401
 from .looks import choices, read  # noqa: F401
 from .overlap import entropy
 from .proxies import against, distances, pairs  # noqa: F401
-from .pushes import between, interferences, pushes  # noqa: F401
+from .pushes import between, interferences, likeness, pushes  # noqa: F401
 from .style import composition, look, notebook, save  # noqa: F401
 
-_all_ = ["course", "ratios", "read_bench", "accuracy_by_task", "accuracy_over_stream", "accuracy_panels", "composition", "look", "notebook", "save",
-         "FATES", "asked", "cards", "chosen", "fates", "against", "distances", "pairs",
-         "choices", "read", "between", "interferences", "pushes"]
+_all_ = ["course", "ratios", "read_bench", "accuracy_by_task", "accuracy_over_stream", "accuracy_panels", "composition", "look", "notebook",
+         "save", "FATES", "asked", "cards", "chosen", "fates", "against", "distances", "pairs",
+         "choices", "read", "between", "interferences", "likeness", "pushes"]
 
 # %% ../nbs/17_plots.ipynb #48471bb1
 def score_heatmap(
