@@ -45,8 +45,10 @@ nbtest: $(READY)  ## nbdev_test, what `make test` runs notebook by notebook
 site: $(READY)  ## build the documentation in _docs and check every link, anchor and picture
 	$(PY) tools/build_site.py
 
-figures: $(READY)  ## redraw the figure notebooks (nbs/2*) from the committed artefacts
-	$(PY) tools/run_nbs.py $(sort $(wildcard nbs/2*_fig_*.ipynb))
+figures: $(READY)  ## redraw the figure notebooks (nbs/2*), the front page and the README from the committed artefacts; git diff shows what differs
+	$(PY) tools/run_nbs.py $(sort $(wildcard nbs/2*_fig_*.ipynb)) nbs/16i_film.ipynb nbs/index.ipynb
+	$(VENV)/bin/nbdev_clean
+	$(PY) tools/make_readme.py
 
 study: $(READY)  ## the main comparison on both named streams, five seeds; goes on where it stopped (ARGS="--jobs 2 ...")
 	$(VENV)/bin/strlora compare $(COMPARED) --seeds 0,1,2,3,4 $(ARGS)

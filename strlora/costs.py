@@ -66,17 +66,21 @@ def ratios(
 
 def course(
     series: pd.DataFrame,  # of `read_bench`
+    shown: Sequence[str] = ("lora", "strlora", "strlora_prototypes"),  # methods in colour; the others are grey
 ) -> Sequence[Axes]:       # two
     "Time of a chunk and numbers kept over a long stream, each method relative to its beginning."
     if series.empty: raise SpecError(expected="a long stream", found="none", where="growth.json", remedy="strlora bench growth --json")
     with style.styled():
         figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.2), layout="constrained")
+        grey = 0
         for method, group in series.groupby("method", sort=False):
             name, colour, dash = style.look(method)
+            if method not in shown: name, colour, dash, grey = "the others" if not grey else "_", style.RULE, "-", 1
             first = group.iloc[1]  # the first point holds what is done once
-            for axis, column, smooth in zip(axes, ("seconds", "numbers"), (5, 1), strict=True):
+            for axis, column, smooth in zip(axes, ("seconds", "numbers"), (15, 1), strict=True):
                 y = group[column].rolling(smooth, center=True, min_periods=1).median() / first[column]
-                axis.plot(group["chunk"], y, color=colour, linestyle=dash, linewidth=1.3, label=name)
+                axis.plot(group["chunk"], y, color=colour, linestyle=dash, linewidth=1.3, label=name,
+                          zorder=3 if method in shown else 1, gid=f"{column}:{method}")
         axes[0].set(xlabel="chunk", ylabel="time of a chunk, relative", ylim=(0, None), title="Time")
         axes[1].set(xlabel="chunk", ylabel="numbers kept, relative", ylim=(0, None), title="State")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
