@@ -160,10 +160,12 @@ def about(
     runs: Sequence[Run],   # behind a figure
     split: str,            # which test sets
 ) -> str:                  # for a caption
-    "What a caption says of the runs: stream, seeds, test sets, scale."
+    "What a caption says of the runs: stream, seeds, test sets, scale, and the base model if it is another than the package's."
     seeds, streams = sorted({r.seed for r in runs}), sorted({r.stream["name"] for r in runs})
     said = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
-    return f"Stream {', '.join(streams)} · {said} · {split} test sets · {runs[0].scale} scale"
+    bases = sorted({Path(r.info["spec"].get("model", {}).get("base", "mini")).name for r in runs} - {"mini"})
+    other = f" · base {', '.join(bases)}" if bases else ""
+    return f"Stream {', '.join(streams)} · {said} · {split} test sets · {runs[0].scale} scale{other}"
 
 
 def shown_stream(
