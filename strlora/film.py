@@ -39,6 +39,7 @@ def frame(
 ) -> Figure:
     "One moment of the stream."
     tasks, scores = style.order(run.tasks), run.scores(split)
+    assert run.routing is not None, "see `frames`"
     layer = run.routing["layer"].iloc[-1]  # an expert's number means nothing in another layer
     weight = lambda chunk: 100 * shares(run.routing, chunk).loc[layer].loc[tasks]
     last, top = weight(until), weight(None).to_numpy().max()
