@@ -164,7 +164,7 @@ class Told(Pull):
 
 
 class Numbered(Part):
-    "Steps that are longer for tasks that came late."
+    "Fewer numbers learn where the first task of a chunk came late."
     def __init__(self): self.names = []
 
     def chunk_start(self, run): self.names = list(dict.fromkeys([*self.names, *(s.task for s in run.samples)]))
