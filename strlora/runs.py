@@ -238,15 +238,16 @@ def follow(
     if main: write_json(folder/"stream.json", job.stream.manifest())
     try:
         with peers(job, folder): most = train(job, folder)
+        if main: merge_rows(folder)
+        if main and job.trains: write_card(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk has said so already
             if main: merge_rows(folder)
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             if main: note(folder, {**info, **record()}, "interrupted" if stopped else "failed", started)
         raise
-    if main: finish(folder)
-    if main and job.trains: write_card(folder)
     if main: note(folder, {**info, "state": most, **missing(folder, job.too_long()), **record()}, "finished", started)
+    if main: finish(folder)  # parts go last: whoever resumes a run that failed before needs them
     job.accelerator.wait_for_everyone()
     return folder
 

@@ -98,6 +98,7 @@ def test_errors(worked):
     with pytest.raises(RecordError, match="none for t1"): MAP(scores[["t0"]], counts)
     with pytest.raises(RecordError, match="rising"): MAP(scores.set_axis([1, 2, 9]), counts)
     with pytest.raises(RecordError, match="rising"): MAP(scores.loc[[2, 1, 3]], counts)
+    with pytest.raises(RecordError, match="composition: expected rising"): MAP(scores, counts.loc[[1, 3, 2]])
 
 
 @st.composite
@@ -193,6 +194,8 @@ def test_bad_predictions():
 def test_composition():
     manifest = {"tasks": ["b", "a"], "chunks": [{"index": 1, "composition": {"a": 3}}, {"index": 2, "composition": {"b": 1, "a": 2}}]}
     assert composition(manifest).to_dict("list") == {"b": [0, 1], "a": [3, 2]} and list(composition(manifest).index) == [1, 2]
+    back = {"tasks": ["a", "b"], "chunks": [{"index": k, "composition": {"ab"[k % 2]: k}} for k in (1, 2, 3, 4)]}
+    assert list(composition(back).index) == [1, 2, 3, 4], "some versions of pandas go task by task"
 
 
 def test_bootstrap_covers_and_pairs():

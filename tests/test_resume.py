@@ -264,6 +264,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(base, whole, tmp_path, monkeypat
     same(tmp_path/"run", whole[0])
 
 
+def test_a_card_that_cannot_be_written_costs_nothing(base, whole, tmp_path, monkeypatch):
+    def full(folder): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(runs, "write_card", full)
+    with pytest.raises(OSError, match="No space left"): runs.start(short_spec(base), tmp_path/"run")
+    assert runs.status_of(tmp_path/"run") == "failed"
+    monkeypatch.undo()
+    runs.resume(tmp_path/"run")
+    same(tmp_path/"run", whole[0])
+    assert runs.status_of(tmp_path/"run") == "finished" and (tmp_path/"run"/"checkpoint"/"README.md").is_file()
+
+
 def test_the_first_checkpoint_on_a_full_disk_says_that_there_is_none(tmp_path, monkeypatch):
     def full(*args, **kwargs): raise OSError(28, "No space left on device")
     monkeypatch.setattr(checkpoint, "save_file", full)

@@ -64,7 +64,7 @@ def composition(
 ) -> pd.DataFrame:               # chunk x task, number of training samples
     "The training samples of each task in each chunk."
     chunks = {chunk["index"]: chunk["composition"] for chunk in stream["chunks"]}
-    frame = pd.DataFrame.from_dict(chunks, orient="index").reindex(columns=list(stream["tasks"]))
+    frame = pd.DataFrame(list(chunks.values()), index=list(chunks)).reindex(columns=list(stream["tasks"]))
     return frame.fillna(0).astype(int).rename_axis(index="chunk", columns="task")
 
 # %% ../../nbs/10_metrics.ipynb #bdc2dd69
@@ -109,6 +109,8 @@ def grid(
     "Line up a score matrix with the composition of its stream; what does not fit is a `RecordError`."
     chunks = scores.index.to_numpy()
     trained = [k for k in chunks if k > 0]
+    if list(counts.index) != sorted(set(counts.index)):
+        raise RecordError(expected="rising chunks", found=list(counts.index), where="composition")
     if list(chunks) != sorted(set(chunks)) or not set(trained) <= set(counts.index):
         raise RecordError(expected=f"rising chunks within {counts.index[0]}..{counts.index[-1]}", found=list(chunks), where="scores")
     if definition.points == "every" and trained != list(counts.index):

@@ -113,6 +113,8 @@ class Steady(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, weigh, teach, _):
         hidden, keys, (p, q) = ctx.saved_tensors
+        if weigh is None and teach is not None and hidden.is_cuda:
+            weigh = torch.zeros_like(p)  # attention by cuDNN leaves its own gradients unset where none comes in (torch 2.11, bfloat16)
         weigh = None if weigh is None else torch._softmax_backward_data(weigh, p, -1, p.dtype)
         teach = None if teach is None else (p - q) * teach.unsqueeze(-1)
         total = weigh if teach is None else teach if weigh is None else weigh + teach
