@@ -13,6 +13,8 @@ from strlora.methods.ewc import fisher_information
 from strlora.backbones.collate import Collator
 from strlora.methods.hold import shared_weights
 from strlora.methods.prototypes import image_vectors
+from strlora.moe import instruct
+from strlora.moe.instruct import Instructions
 from strlora.trainer import Watcher
 from strlora.tuner.call import CALL
 from strlora.tuner.config import StrLoraConfig
@@ -33,7 +35,7 @@ def known(job): return layers_of(job.model)[0].strlora_router["default"].instruc
 def banks(job): return {layer.name: layer.strlora_experts["default"] for layer in layers_of(job.model)}
 
 
-@pytest.mark.parametrize("pairs", [(), ("optimizer_state=carry", "weight_decay=0.5", "picture=0.5")], ids=["default", "carried"])
+@pytest.mark.parametrize("pairs", [(), ("optimizer_state=carry", "weight_decay=0.5", "sight=-1")], ids=["default", "carried"])
 def test_experts_of_absent_prototypes_stand_still(base, pairs):
     job = session(base, *METHOD, *pairs)
     part, seen = job.trainer.parts["update"], []
@@ -41,7 +43,7 @@ def test_experts_of_absent_prototypes_stand_still(base, pairs):
 
     def begin(run):
         start(run)
-        found = known(job).seen.assign(known(job).describe(run.instructions(run.samples), image_vectors(run, run.samples)))
+        found = known(job).recognise(run.instructions(run.samples), image_vectors(run, run.samples))
         used = layers_of(job.model)[0].strlora_router["default"].experts_of(found).unique().tolist()
         seen.append([used, {n: [p.detach().clone() for p in b.parameters()] for n, b in banks(job).items()}])
 
@@ -110,7 +112,7 @@ def test_the_pull_is_towards_the_anchor_and_reaches_shared_experts_only(base):
         for p in bank.parameters(): assert not p.grad[4:].any() and (p.grad[:4] >= 0).all()
 
 
-@pytest.mark.parametrize("pair", ["picture=0.5", "oracle_task_id=true"])
+@pytest.mark.parametrize("pair", ["sight=0.8", "oracle_task_id=true"])
 def test_interrupted_and_resumed_is_uninterrupted(base, tmp_path, monkeypatch, pair):
     spec = short_spec(base, *METHOD[:4], "optimizer_state=carry", pair)
     check_resumed(spec, tmp_path, monkeypatch, "instructions.seen.means")
@@ -123,7 +125,7 @@ def test_one_prototype_for_each_task_if_the_task_is_told(base):
 
 
 @pytest.mark.parametrize("pairs", [("chunk_size=1", "batch_size=1"), ("prototypes=2",), ("prototypes=1", "threshold=1"), ("accumulation=2",),
-                                   ("shared=0", "top_k=12"), ("cue=false", "geometry='none'")],
+                                   ("shared=0", "top_k=12"), ("sight=-1", "geometry='none'")],
                          ids=["one sample", "few prototypes", "one prototype", "accumulated", "all private", "text alone"])
 def test_odd_sizes_train_and_answer(base, pairs):
     job = session(base, *METHOD, *pairs)
@@ -151,17 +153,18 @@ def test_bfloat16_learns_and_routes_as_float32_does(base):
         job.trainer.fit(job.seen)
         found[dtype] = known(job).seen.number, known(job).seen.means.dtype
         assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for b in banks(job).values() for p in b.parameters())
-    assert found["bfloat16"] == found["float32"], "as many prototypes, and in full precision"
+    (many, kept), (about, same) = found["float32"], found["bfloat16"]
+    assert abs(many - about) <= 2 < many and kept == same == torch.float32, "about as many prototypes, and in full precision"
 
 
 @pytest.mark.parametrize("pairs, where", [(("shared=16",), "top_k"), (("gate=-1",), "gate"), (("top_k=0",), "top_k"), (("threshold=2",), "threshold"),
-                                          (("geometry='round'",), "geometry")])
+                                          (("sight=-2",), "sight"), (("geometry='round'",), "geometry")])
 def test_settings_that_cannot_work_are_refused(base, pairs, where):
     with pytest.raises(SpecError, match=where): session(base, *METHOD, *pairs)
 
 
 def test_pictures_are_what_the_language_model_gets(base):
-    job = session(base, *METHOD, "stream.chunks=1", "picture=0.5")
+    job = session(base, *METHOD, "stream.chunks=1")
     run, samples = job.trainer, job.seen.chunks[0].samples[:6]
     run.samples = samples
     kept, seen = image_vectors(run, samples), []
@@ -180,7 +183,7 @@ def test_pictures_are_what_the_language_model_gets(base):
 def adapted():
     "A model of another kind, whose prototypes have seen the instructions of a batch."
     torch.manual_seed(0)
-    model = stir(get_peft_model(internvl(), StrLoraConfig.prototypes(r=16, num_experts=16, shared=4, lora_alpha=32, picture=0.5, task_type="CAUSAL_LM")))
+    model = stir(get_peft_model(internvl(), StrLoraConfig.prototypes(r=16, num_experts=16, shared=4, lora_alpha=32, task_type="CAUSAL_LM")))
     given = batch(model, rows=4, words=8)
     vectors = instruction_of(model.base_model.model, given["instruction_mask"], given["input_ids"], None)
     found = model.base_model.observe(vectors, torch.zeros_like(vectors))
@@ -214,46 +217,80 @@ def test_only_prototypes_are_observed():
     with pytest.raises(SpecError, match="prototypes"): model.base_model.observe(torch.zeros(2, 32))
 
 
-def test_absent_pictures_do_not_move_the_mean():
-    from strlora.moe.instruct import Instructions, mean_of_present
-    torch.manual_seed(0)
-    words, seen = torch.randn(6, 4), torch.randn(6, 4)
-    some = torch.cat([seen[:3], torch.zeros(3, 4)])
-    one = Instructions(4, picture=0.5)
-    one.observe(words, some)
-    assert torch.allclose(one.usual, seen[:3].mean(0)) and torch.equal(mean_of_present(torch.zeros(2, 4)), torch.zeros(4))
-
-
-def test_the_picture_speaks_for_new_words_only():
-    from strlora.moe.instruct import Instructions
+def three_kinds():
+    "Three ways of asking, about three kinds of picture, ten times each."
     torch.manual_seed(0)
     d = 32
-    words, looks = torch.eye(d)[:3], 3 + torch.eye(d)[5:8]          # three ways of asking, about three kinds of picture
-    texts, pictures = words.repeat(10, 1), looks.repeat(10, 1)
+    words, looks = torch.eye(d)[:3], torch.eye(d)[5:8]
     known = Instructions(d, kind="none")
-    found = known.observe(texts, pictures)
-    assert known.seen.number == 3 and torch.equal(known.looks[:3], torch.full((3,), 10.))
-    assert torch.allclose(known.sights[found], pictures)
-    turned = looks.roll(1, 0)                                       # pictures of another kind
-    assert torch.equal(known.recognise(known.describe(words), turned), found[:3]), "known words are not overruled"
-    new = torch.eye(d)[20:23]                                       # words that nobody has used
-    assert torch.equal(known.recognise(known.describe(new), looks), found[:3]), "new words go by the picture"
-    blind = known.recognise(known.describe(new), torch.zeros(3, d))
-    assert torch.equal(blind, known.recognise(known.describe(new))), "without a picture the text decides"
-    again = Instructions(d, kind="none")
+    return known, words, looks, known.observe(words.repeat(10, 1), looks.repeat(10, 1))[:3]
+
+
+def test_words_and_pictures_make_a_prototype():
+    known, words, looks, found = three_kinds()
+    assert known.seen.number == 3 and torch.equal(known.looks[:3], torch.full((3,), 10.)) and torch.allclose(known.sights[found], looks)
+    assert torch.equal(known.recognise(words, looks), found)
+    new = torch.eye(32)[20:23]                                      # words that nobody has used
+    assert torch.equal(known.recognise(new, looks), found), "new words go by the picture"
+    assert torch.equal(known.recognise(words, torch.eye(32)[25:28]), found), "pictures that nobody has seen go by the words"
+    assert torch.equal(known.recognise(words), found) and torch.equal(known.recognise(words, torch.zeros(3, 32)), found)
+    both = known.observe(words, looks.roll(1, 0))                   # known words about pictures of another kind
+    assert known.seen.number == 6 and not set(both.tolist()) & set(found.tolist()), "begin kinds of their own"
+    assert torch.equal(known.recognise(words, looks), found) and torch.equal(known.recognise(words, looks.roll(1, 0)), both)
+
+
+def test_words_alone_do_not_look():
+    _, words, looks, _ = three_kinds()
+    deaf = Instructions(32, kind="none", sight=-1.0)
+    found = deaf.observe(words, looks)
+    assert torch.equal(deaf.observe(words, looks.roll(1, 0)), found) and deaf.seen.number == 3 and not hasattr(deaf.sights, "shape")
+
+
+def test_prototypes_are_saved_and_loaded():
+    known, words, looks, found = three_kinds()
+    again = Instructions(32, kind="none")
+    assert torch.equal(again.recognise(words, looks), torch.zeros(3, dtype=torch.long)), "none yet"
     again.load_state_dict(known.state_dict())
-    assert torch.equal(again.recognise(again.describe(new), looks), found[:3])
-    deaf = Instructions(d, kind="none", cue=False)
-    deaf.observe(texts, pictures)
-    assert torch.equal(deaf.recognise(deaf.describe(words), turned), found[:3])
+    assert torch.equal(again.recognise(torch.eye(32)[20:23], looks), found)
+
+
+def test_a_full_set_of_prototypes_takes_in_what_is_new():
+    _, words, looks, _ = three_kinds()
+    small = Instructions(32, kind="none", prototypes=2)
+    found = small.observe(words.repeat(10, 1), looks.repeat(10, 1))
+    assert small.seen.number == 2 and found.unique().numel() == 2 and int(small.seen.counts.sum()) == 30
+
+
+def test_blocks_find_the_same_kinds(monkeypatch):
+    torch.manual_seed(0)
+    kinds = torch.nn.functional.normalize(torch.randn(2, 5, 64), dim=-1)
+    which = torch.randint(5, (60,))
+    texts, pictures = (k[which] + 0.02 * torch.randn(60, 64) for k in kinds)
+    whole, parts = Instructions(64, kind="none"), Instructions(64, kind="none")
+    found = whole.observe(texts, pictures)
+    monkeypatch.setattr(instruct, "BLOCK", 7)
+    split = parts.observe(texts, pictures)
+    assert whole.seen.number == parts.seen.number == 5
+    assert all(split[found == j].unique().numel() == 1 for j in range(5))
+
+
+def test_samples_without_a_picture_go_by_their_words():
+    known, words, looks, found = three_kinds()
+    before = known.sights.clone(), known.looks.clone()
+    assert torch.equal(known.observe(words, torch.zeros(3, 32)), found) and known.seen.number == 3
+    assert torch.equal(known.sights, before[0]) and torch.equal(known.looks, before[1])
+    fresh = Instructions(32, kind="none")
+    assert torch.equal(fresh.observe(words, torch.zeros(3, 32)), torch.arange(3))
+    assert torch.equal(fresh.observe(words, looks), torch.arange(3)), "their first pictures join them"
+    assert torch.allclose(fresh.sights[:3], looks)
 
 
 def test_means_of_pictures_do_not_depend_on_how_they_arrive():
-    from strlora.moe.instruct import Instructions
     torch.manual_seed(0)
     texts, pictures = torch.nn.functional.normalize(torch.randn(40, 6), dim=-1), torch.randn(40, 6)
     pictures[::5] = 0
-    whole, parts = Instructions(6, threshold=-1.0, kind="none"), Instructions(6, threshold=-1.0, kind="none")
-    whole.observe(texts, pictures)
-    for i in range(0, 40, 8): parts.observe(texts[i:i + 8], pictures[i:i + 8])
+    ids = torch.arange(40) % 3
+    whole, parts = Instructions(6, kind="none"), Instructions(6, kind="none")
+    whole.observe(texts, pictures, ids)
+    for i in range(0, 40, 8): parts.observe(texts[i:i + 8], pictures[i:i + 8], ids[i:i + 8])
     assert torch.allclose(whole.sights, parts.sights, atol=1e-6) and float(whole.looks.sum()) == 32

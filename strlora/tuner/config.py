@@ -132,10 +132,10 @@ class StrLoraConfig(PeftConfig):
         return cls(**(settings | overrides))
 
     @classmethod
-    def prototypes(cls, shared: int = 16, gate: float = 8.0, picture: float = 0.0, **overrides: Any) -> "StrLoraConfig":
+    def prototypes(cls, shared: int = 16, gate: float = 8.0, sight: float = 0.4, **overrides: Any) -> "StrLoraConfig":
         "Ours: experts for all, and small ones that belong to prototypes of what is asked; `base_model.observe` shows them each chunk."
         given = {"num_experts": 32, "router": "instruction", "kl_weight": 0.0, **overrides}
-        options = {"shared": shared, "gate": gate, "picture": picture, **given.pop("router_options", {})}
+        options = {"shared": shared, "gate": gate, "sight": sight, **given.pop("router_options", {})}
         return cls(router_options=options, **given)
 
     def router_settings(self) -> dict[str, Any]:
