@@ -205,6 +205,9 @@ def test_no_measured_number_is_typed(path):
         prose = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|arXiv:? ?[\d.]+", "", text, flags=re.DOTALL)
         found = [n for n in re.findall(r"\b\d+\.\d+\b|\b\d+ ?%", prose) if n not in DEFINED]
         assert not found, f"{found} in {prose[:80]!r}"
+        number = r"(?:\d+|two|three|four|(?<!at least )(?<!fewer than )five|six|seven|eight|nine|ten|eleven|twelve)"
+        counted = re.findall(rf"\b{number} (?:\w+ )?seeds\b", prose, re.IGNORECASE)
+        assert not counted, f"{counted} in {prose[:80]!r}: say how many by counting them"
 
 
 @pytest.mark.parametrize("path", NBS, **ids)
