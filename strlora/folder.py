@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PACKAGE', 'PACKAGES', 'TABLES', 'commit', 'folder_of', 'installed', 'processor', 'hardware', 'provenance',
-           'parameter_counts', 'write_rows', 'rows_so_far', 'merge_rows', 'finish', 'missing', 'info_of', 'status_of',
-           'completed', 'same_run', 'same_files', 'locked', 'aside', 'check_own', 'put_right', 'replacing']
+           'parameter_counts', 'write_rows', 'rows_so_far', 'merge_rows', 'drop_parts', 'missing', 'info_of',
+           'status_of', 'completed', 'same_run', 'same_files', 'locked', 'aside', 'check_own', 'put_right', 'replacing']
 
 # %% ../nbs/14a_folder.ipynb #a7c1be59
 import contextlib
@@ -144,11 +144,10 @@ def merge_rows(
                                                                                 compression_level=9)
 
 # %% ../nbs/14a_folder.ipynb #a166babc
-def finish(
-    folder: Path,
+def drop_parts(
+    folder: Path,  # of a run whose tables are whole
 ) -> None:
-    "Join the rows and drop their parts."
-    merge_rows(folder)
+    "Delete the parts that the tables were joined from."
     if not (folder/"parts").exists(): return
     os.replace(folder/"parts", folder/".parts.done")  # never half deleted under its own name
     shutil.rmtree(folder/".parts.done")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from .artefacts import Run
+from .core import RecordError
 from .data.metrics import measure
 
 # %% ../nbs/16j_kept.ipynb #9f25e14d
@@ -26,4 +27,5 @@ def kept(
         rows.append({"method": run.method, "MAP": found["MAP"], "nothing forgotten": best["MAP"],
                      "lost by forgetting": best["MAP"] - found["MAP"],
                      "final AP": found["final AP"], "final, nothing forgotten": best["final AP"]})
-    return pd.DataFrame(rows).groupby("method", sort=False).mean()
+    if not rows: raise RecordError(expected="at least one run", found="none", where="kept")
+    return pd.DataFrame(rows).groupby("method", sort=False).agg(lambda column: column.mean(skipna=False))

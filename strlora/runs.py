@@ -21,7 +21,7 @@ from . import checkpoint
 from .answered import Answered, forget
 from .card import write_card
 from .core import CheckpointError, SpecError, StrLoraError, TrainingError, read_json, write_json
-from .folder import finish, info_of, locked, merge_rows, missing, provenance, rows_so_far, same_files, status_of, write_rows
+from .folder import drop_parts, info_of, locked, merge_rows, missing, provenance, rows_so_far, same_files, status_of, write_rows
 from .job import Job, state_size
 from .profiling import record, watch
 from .progress import Progress
@@ -242,12 +242,12 @@ def follow(
         if main and job.trains: write_card(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):  # a full disk has said so already
-            if main: merge_rows(folder)
             stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
             if main: note(folder, {**info, **record()}, "interrupted" if stopped else "failed", started)
+            if main: merge_rows(folder)
         raise
     if main: note(folder, {**info, "state": most, **missing(folder, job.too_long()), **record()}, "finished", started)
-    if main: finish(folder)  # parts go last: whoever resumes a run that failed before needs them
+    if main: drop_parts(folder)  # last: whoever resumes a run that failed before this needs them
     job.accelerator.wait_for_everyone()
     return folder
 

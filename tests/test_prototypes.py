@@ -8,7 +8,7 @@ from small import check_resumed, make_base, session, short_spec
 from test_tuner import plain, prompt
 from tiny import batch, internvl, stir
 
-from strlora.core import RecordError, SpecError
+from strlora.core import RecordError, SignalError, SpecError
 from strlora.methods.ewc import fisher_information
 from strlora.backbones.collate import Collator
 from strlora.methods.hold import shared_weights
@@ -183,10 +183,13 @@ def test_pictures_are_what_the_language_model_gets(base):
 def adapted():
     "A model of another kind, whose prototypes have seen the instructions of a batch."
     torch.manual_seed(0)
-    model = stir(get_peft_model(internvl(), StrLoraConfig.prototypes(r=16, num_experts=16, shared=4, lora_alpha=32, task_type="CAUSAL_LM")))
+    model = stir(get_peft_model(internvl(), StrLoraConfig.prototypes(r=16, num_experts=16, shared=4, sight=0.999, lora_alpha=32, task_type="CAUSAL_LM")))
     given = batch(model, rows=4, words=8)
+    root = model.base_model.root
+    given["input_ids"] = torch.where(given["input_ids"] == root.image_token, given["input_ids"], given["input_ids"][:1])  # one sentence for all
     vectors = instruction_of(model.base_model.model, given["instruction_mask"], given["input_ids"], None)
-    found = model.base_model.observe(vectors, torch.zeros_like(vectors))
+    with torch.no_grad(): seen = model.model.get_image_features(given["pixel_values"]).pooler_output
+    found = model.base_model.observe(vectors, torch.stack([part.flatten(0, -2).mean(0) for part in seen]))
     return model.eval(), given, vectors, found
 
 
@@ -243,7 +246,7 @@ def test_words_alone_do_not_look():
     _, words, looks, _ = three_kinds()
     deaf = Instructions(32, kind="none", sight=-1.0)
     found = deaf.observe(words, looks)
-    assert torch.equal(deaf.observe(words, looks.roll(1, 0)), found) and deaf.seen.number == 3 and not hasattr(deaf.sights, "shape")
+    assert torch.equal(deaf.observe(words, looks.roll(1, 0)), found) and deaf.seen.number == 3 and deaf.sights is None
 
 
 def test_prototypes_are_saved_and_loaded():
@@ -280,9 +283,53 @@ def test_samples_without_a_picture_go_by_their_words():
     assert torch.equal(known.observe(words, torch.zeros(3, 32)), found) and known.seen.number == 3
     assert torch.equal(known.sights, before[0]) and torch.equal(known.looks, before[1])
     fresh = Instructions(32, kind="none")
-    assert torch.equal(fresh.observe(words, torch.zeros(3, 32)), torch.arange(3))
-    assert torch.equal(fresh.observe(words, looks), torch.arange(3)), "their first pictures join them"
-    assert torch.allclose(fresh.sights[:3], looks)
+    blind = fresh.observe(words, torch.zeros(3, 32))
+    seen = fresh.observe(words, looks)
+    assert fresh.seen.number == 6 and not set(blind.tolist()) & set(seen.tolist()), "pictures begin kinds of their own"
+
+
+def test_one_sample_without_a_picture_does_not_join_kinds():
+    words, looks = torch.eye(32)[:1].expand(11, 32), torch.eye(32)[5:16].clone()
+    looks[10] = 0
+    for order in (torch.arange(11), torch.arange(11).flip(0)):
+        known = Instructions(32, kind="none")
+        found = known.observe(words[order], looks[order])
+        assert known.seen.number == 10 and found[order < 10].unique().numel() == 10
+        later = Instructions(32, kind="none")
+        later.observe(words[:1], torch.zeros(1, 32))
+        assert later.observe(words[:10], looks[:10]).unique().numel() == 10
+
+
+def test_ids_from_outside_may_have_gaps_and_end_at_the_limit():
+    known, words, looks = Instructions(32, kind="none", prototypes=8), torch.eye(32)[:3], torch.eye(32)[5:8]
+    known.observe(words, looks, torch.tensor([0, 3, 7]))
+    assert torch.equal(known.recognise(words, looks), torch.tensor([0, 3, 7]))
+    new = known.observe(torch.eye(32)[20:21], torch.eye(32)[25:26])
+    assert new.item() not in (0, 3, 7) and torch.equal(known.recognise(torch.eye(32)[20:21], torch.eye(32)[25:26]), new)
+    with pytest.raises(SpecError, match="ids from 0 to 7, found 8"): known.observe(words, looks, torch.tensor([0, 1, 8]))
+
+
+@pytest.mark.parametrize("which", ["words", "looks"])
+def test_what_is_no_number_is_refused(which):
+    known, words, looks, found = three_kinds()
+    bad = {"words": words.clone(), "looks": looks.clone()}
+    bad[which][1, 2] = float("nan")
+    with pytest.raises(SignalError, match="finite"): known.observe(bad["words"], bad["looks"])
+    assert torch.equal(known.recognise(words, looks), found), "nothing was learned from it"
+
+
+def test_rounding_does_not_decide():
+    torch.manual_seed(0)
+    known = Instructions(64, kind="none")
+    texts, pictures = torch.nn.functional.normalize(torch.randn(2, 400, 64), dim=-1)
+    known.observe(texts[:40], pictures[:40])
+    with torch.autocast("cpu", dtype=torch.bfloat16): found = known.recognise(texts, pictures)
+    assert torch.equal(found, known.recognise(texts, pictures))
+
+
+@pytest.mark.parametrize("options", [{"sight": 7.0}, {"threshold": -2.0}, {"kind": "round"}])
+def test_no_prototypes_of_impossible_settings(options):
+    with pytest.raises(SpecError): Instructions(8, **options)
 
 
 def test_means_of_pictures_do_not_depend_on_how_they_arrive():

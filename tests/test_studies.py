@@ -306,10 +306,10 @@ def test_an_ablation_keeps_what_it_has_tried(place, tmp_path):
 
 def test_settings_can_be_ablated_together_and_errors_name_what_was_asked():
     from strlora import ablate
-    found = ablate.arms("strlora_prototypes", "picture=0.25", "windows", [100], None, also=["threshold=0.6"])
+    found = ablate.arms("strlora_prototypes", "sight=0.25", "windows", [100], None, also=["threshold=0.6"])
     tuned, other = (run.spec.settings for (run,) in found.values())
-    assert (tuned.picture, tuned.threshold, other.picture, other.threshold) == (0.0, 0.7, 0.25, 0.6)
-    assert list(found.values())[1][0].label == "picture=0.25 threshold=0.6"
+    assert (tuned.sight, tuned.threshold, other.sight, other.threshold) == (0.4, 0.7, 0.25, 0.6)
+    assert list(found.values())[1][0].label == "sight=0.25 threshold=0.6"
     for pair, also, words in (("geometry=round", (), "strlora ablate strlora_prototypes geometry=round: unknown geometry"),
                               ("gate=1", ("hold=0",), "gate=1 hold=0: unknown setting 'hold'")):
         with pytest.raises(SpecError, match=words): ablate.arms("strlora_prototypes", pair, "windows", [100], None, also=also)

@@ -25,11 +25,11 @@ class PrototypeSettings(AdapterSettings):
     hold_weight: float = sourced(30.0, "ours: a first guess, the search tries 10 and 100",
                                  "strength with which the shared experts are held")
     geometry: Literal["whiten", "centre", "none"] = sourced("whiten", "ours: little matter here; for tables with a common direction",
-                                                            "coordinates in which instructions are compared")
+                                                            "coordinates in which texts and pictures are compared")
     threshold: float = sourced(0.7, "ours: one or two prototypes a task of the mini benchmark",
                                "an instruction with a smaller cosine to every prototype begins a new one")
     prototypes: int = sourced(64, "ours: bounded state", "most prototypes")
-    sight: float = sourced(0.4, "ours: what it splits on a tuning seed are tasks with one sentence, not tasks with their own",
+    sight: float = sourced(0.4, "ours: of 0.3 and 0.4 what did better on one tuning seed where tasks share a sentence",
                            "a picture with a smaller cosine to every prototype near in words begins a new one; -1: words alone")
     lazy: bool = sourced(True, "ours: who is not asked stays exactly", "experts without a sample in a step take none")
     oracle_task_id: bool = sourced(False, "ours: the learner sees no task", "true tasks while training")
@@ -112,7 +112,7 @@ def _hold(settings: PrototypeSettings) -> Part | None:
     return HoldShared(settings.hold_weight, settings.shared) if settings.hold_weight and settings.shared else None
 
 
-PROTOTYPES = Method("strlora_prototypes", "ours: a small expert for each kind of instruction, moved only by its own samples",
+PROTOTYPES = Method("strlora_prototypes", "ours: a small expert for each kind of question about a kind of picture, moved only by its own samples",
                     PrototypeSettings, adapter=prototype_adapter, penalty=_hold, update=Prototypes,
                     weights=("settings.hold_weight",), neighbour="strlora",
                     knobs={"settings.hold_weight": (10.0, 100.0), "settings.gate": (4.0,)},

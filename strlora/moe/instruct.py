@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import SpecError, unknown
+from ..core import SignalError, SpecError, unknown
 from .experts import Routing
 from .pseudo import FullPrecision, PseudoTasks
 from .signal import Context
@@ -52,6 +52,8 @@ class Instructions(FullPrecision):
     ):
         super().__init__()
         if kind not in GEOMETRIES: raise unknown("geometry", kind, GEOMETRIES, where="router_options")
+        for name, value in (("threshold", threshold), ("sight", sight)):
+            if not -1 <= value <= 1: raise SpecError(expected="a cosine, from -1 to 1", found=value, where=f"router_options: {name}")
         self.kind, self.sight = kind, sight
         self.seen = PseudoTasks(d_text, prototypes, threshold)
         self.register_buffer("centre", torch.zeros(d_text))
@@ -71,46 +73,60 @@ class Instructions(FullPrecision):
         if basis is not None: self.basis.copy_(basis)
 
     def describe(self, vectors: Tensor) -> Tensor:
-        "Unit vectors of texts or pictures [n, d]; zero, which stands for no picture, stays zero."
-        there, off = vectors.any(-1, keepdim=True).to(self.centre), vectors.detach().to(self.centre) - self.centre
-        return F.normalize(off if self.basis is None else off @ self.basis, dim=-1) * there
+        "Unit vectors of texts or pictures [n, d]."
+        off = vectors.detach().to(self.centre) - self.centre
+        return F.normalize(off if self.basis is None else off @ self.basis, dim=-1)
 
     def units(self, vectors: Tensor, pictures: Tensor | None) -> Pair:
-        "Descriptions of samples [n, d]; zeros where nobody has looked, None in place of pictures that have no say."
+        "Descriptions of samples [n, d]; zero where there is no picture, None in place of pictures that have no say."
         u = self.describe(vectors)
-        return u, None if not self.looks_at else torch.zeros_like(u) if pictures is None else self.describe(pictures)
+        if not self.looks_at: return u, None
+        return u, torch.zeros_like(u) if pictures is None else self.describe(pictures) * pictures.any(-1, keepdim=True).to(u)
 
     def match(self, samples: Pair, prototypes: Pair) -> tuple[Tensor, Tensor]:
-        "Sums of cosines, and what is near to what [n, m], of units of texts and pictures [n, d] and [m, d]."
+        "Sums of cosines, and which sample is near to which prototype [n, m], of units [n, d] and [m, d]."
         (u, w), (p, q) = samples, prototypes
-        text = u @ p.mT
-        if w is None or q is None: return text, text >= self.seen.threshold
-        look, both = w @ q.mT, w.any(-1)[:, None] & q.any(-1)
-        return text + look, (text >= self.seen.threshold) & ((look >= self.sight) | ~both)
+        with torch.autocast(u.device.type, enabled=False):  # near ties would be decided by rounding
+            text = u @ p.mT
+            if w is None or q is None: return text, text >= self.seen.threshold
+            look, blind = w @ q.mT, ~w.any(-1, keepdim=True)
+            return text + look, (text >= self.seen.threshold) & ((look >= self.sight) | blind)
 
     def known(self) -> Pair:
         "Units of the prototypes that there are [m, d]."
-        m = self.seen.number
-        return F.normalize(self.seen.means[:m], dim=-1), F.normalize(self.sights[:m], dim=-1) if self.looks_at else None
+        there = self.seen.counts > 0
+        return F.normalize(self.seen.means[there], dim=-1), F.normalize(self.sights[there], dim=-1) if self.looks_at else None
 
     def begin(self, samples: Pair) -> Pair:
         "The prototypes that there are and those that begin with samples [n, d]: a greedy cover of the ones near to none."
         p, q = self.known()
         for i in torch.arange(len(samples[0]), device=samples[0].device).split(BLOCK):
             block: Pair = samples[0][i], None if samples[1] is None else samples[1][i]
-            lone, near = ~self.match(block, (p, q))[1].any(1), self.match(block, block)[1]
+            lone = ~self.match(block, (p, q))[1].any(1)
+            if not lone.any() or len(p) == self.seen.limit: continue
+            near = self.match(block, block)[1]
             while lone.any() and len(p) < self.seen.limit:
-                first = int((near & lone).sum(1).masked_fill(~lone, -1).argmax())
-                p, q = torch.cat([p, block[0][first, None]]), None if q is None or block[1] is None else torch.cat([q, block[1][first, None]])
-                lone &= ~near[first]
+                around = (near & lone[:, None]).sum(0)  # of a sample without a picture only its like
+                first = int(around.masked_fill(~lone, -1).argmax())
+                p, q = torch.cat([p, block[0][first, None]]), q if block[1] is None else torch.cat([q, block[1][first, None]])
+                lone &= ~near[:, first]
                 lone[first] = False
         return p, q
 
     @torch.no_grad()
     def observe(self, vectors: Tensor, pictures: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-        "Learn from the samples of a chunk [n, d]; `ids` [n] are numbers from outside. The prototype of each [n]."
+        "Learn from the samples of a chunk [n, d]; `ids` [n] are numbers from outside. What each was taken for as it came [n]."
+        for given in (vectors, pictures):
+            if given is not None and not torch.isfinite(given).all():
+                raise SignalError(expected="finite vectors", found="some that are not", where="observe", remedy="Look at the samples.")
         samples = self.units(vectors, pictures)
-        found = self.nearest(samples, self.begin(samples)) if ids is None else ids.to(self.seen.counts)
+        if ids is None:
+            places = torch.cat([(self.seen.counts > 0).nonzero(), (self.seen.counts == 0).nonzero()]).flatten()
+            found = places[self.nearest(samples, self.begin(samples))]
+        elif len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.seen.limit:
+            raise SpecError(expected=f"ids from 0 to {self.seen.limit - 1}", found=int(ids.max()), where="observe",
+                            remedy="Allow more prototypes.")
+        else: found = ids.to(self.seen.counts)
         self.seen.observe(samples[0], found)
         if samples[1] is not None: self.remember(found, samples[1])
         return found
@@ -131,7 +147,8 @@ class Instructions(FullPrecision):
 
     def recognise(self, vectors: Tensor, pictures: Tensor | None = None) -> Tensor:
         "The prototype of each instruction vector [n, d] with its mean image features [n, d], zero without a picture."
-        return self.nearest(self.units(vectors, pictures), self.known())
+        found, there = self.nearest(self.units(vectors, pictures), self.known()), (self.seen.counts > 0).nonzero().flatten()
+        return there[found] if len(there) else found
 
     def prototype_of(self, context: Context) -> Tensor:
         "The prototype of each sample of a call [b]."
@@ -181,8 +198,10 @@ class InstructionRouter(nn.Module):
         "The same experts for all tokens of a sample; the same for all routers of an adapter, so it is decided once a call."
         made = context.shared if context.memory is None else context.memory
         key = (self.instructions, hidden.device, len(context.instruction))
-        if key not in made: made[key] = self.decide(context, hidden.device)
-        return made[key]
+        seen = context.picture is not None
+        if key not in made or seen and not made[key][0]:  # what stands before the language model has not seen the picture yet
+            made[key] = seen, self.decide(context, hidden.device)
+        return made[key][1]
 
     def decide(self, context: Context, device: torch.device) -> Routing:
         "The routing of a call."

@@ -75,10 +75,6 @@ class PseudoTasks(FullPrecision):
         "The nearest pseudo-task of each vector, [n, d] to [n]; 0 where there is none yet."
         return self.nearest(self.unit(vectors), self.counts > 0)
 
-    def cosines(self, units: Tensor) -> Tensor:
-        "The cosine of each unit vector [n, d] to each pseudo-task [n, K]; minus infinity where there is none."
-        return (units @ F.normalize(self.means, dim=-1).T).masked_fill(self.counts == 0, -torch.inf)
-
     def nearest(self, units: Tensor, there: Tensor) -> Tensor:
         "The nearest of the centroids that are `there` [K]."
         return (units @ F.normalize(self.means, dim=-1).T).masked_fill(~there, -torch.inf).argmax(-1)

@@ -104,7 +104,7 @@ class Steady(torch.autograd.Function):
         p = logs.exp()
         ctx.save_for_backward(hidden.to(both.dtype), keys.to(both.dtype), p)
         ctx.dtypes = hidden.dtype, keys.dtype
-        ctx.set_materialize_grads(False)  # the penalty alone must not send zeros down the whole model
+        ctx.set_materialize_grads(False)  # the penalty alone sends nothing down the model, except where `backward` says so
         live = scores[0]
         ctx.mark_non_differentiable(live)
         return p[0].view(p.shape[1:]), (p[1] * (logs[1] - logs[0])).sum(-1), live
@@ -129,6 +129,6 @@ def steady(
     live: Scorer,    # the router, folded, with its selection
     slow: Scorer,    # its slow copy, folded
 ) -> tuple[Tensor, Tensor, Tensor]:  # weights [b, t, e], KL(slow ‖ live) [b, t], live scores as `in_subset` [b, t, e]
-    "Weights within the live router's subset, and the divergence there; it sends no gradient to the hidden states."
+    "Weights within the live router's subset, and the divergence there; the divergence sends no gradient to the hidden states."
     reference = slow.log_p.masked_fill(~live.selected[:, None], LOWEST) if live.prior else live.within
     return Steady.apply(hidden, live.keys, slow.keys, live.within, reference)

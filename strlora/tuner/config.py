@@ -7,6 +7,7 @@ __all__ = ['PEFT_NAME', 'peft_type', 'check_range', 'check_choice', 'check_setti
 
 # %% ../../nbs/08_tuner_config.ipynb #90490c60
 import dataclasses
+import inspect
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,9 @@ def check_settings(
         raise SpecError(expected=f"a total rank divisible by {experts} experts", found=config.r, where="StrLoraConfig.r",
                         remedy=f"Use r={config.r // experts * experts or experts} or r={(config.r // experts + 1) * experts}.")
     check_choice(config, "router", ROUTERS)
+    known = [name for name in inspect.signature(ROUTERS[config.router]).parameters if name not in ("self", "d_in", "d_text", "experts")]
+    for name in config.router_options:
+        if name not in known: raise unknown("router option", name, known, where=f"router_options of router={config.router!r}")
     check_choice(config, "bank", BANKS)
     check_choice(config, "stage1", STAGE1)
     check_choice(config, "share_routers", (True, False, "block"))
