@@ -54,6 +54,20 @@ def test_losses_are_those_of_a_cpu(base, method):
     assert there == pytest.approx(here, rel=2e-3)
 
 
+def test_the_gradient_of_the_penalty_alone_is_that_of_a_cpu(base):
+    "Attention by cuDNN left its own gradients unset where none came in: they were of any size, and some no numbers."
+    found = {}
+    for device in ("cpu", "auto"):
+        forget()
+        job = session(base, *words("strlora", device, "precision=bf16", "grad_norm_every=1", "lora_dropout=0.0"))
+        run, chunk = job.trainer, job.seen.chunks[0]
+        run.samples = chunk.samples
+        for moment in ("stream_start", "chunk_start"): run.moment(moment)
+        run.model.train()
+        found[device] = [train_step(run, make(), 1.0)["grad_norm_kl"] for make in run.batches(chunk)[:3]]
+    assert found["cpu"][-1] > 0 and found["auto"] == pytest.approx(found["cpu"], rel=0.5, abs=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_from_stream_to_answers(base, method, precision, tmp_path):
