@@ -100,7 +100,8 @@ class Prototypes(Part):
         if self.settings.oracle_task_id:
             self.names = list(dict.fromkeys([*self.names, *(s.task for s in run.samples)]))
             ids = torch.tensor([self.names.index(s.task) for s in run.samples])
-        known.observe(run.instructions(run.samples), image_vectors(run, run.samples) if self.settings.sight > -1 else None, ids)
+        pictures = image_vectors(run, run.samples) if self.settings.sight > -1 else None
+        known.observe(run.instructions(run.samples), pictures, ids)
 
     def state_dict(self) -> dict[str, Any]: return {"names": self.names}
 
@@ -112,7 +113,8 @@ def _hold(settings: PrototypeSettings) -> Part | None:
     return HoldShared(settings.hold_weight, settings.shared) if settings.hold_weight and settings.shared else None
 
 
-PROTOTYPES = Method("strlora_prototypes", "ours: a small expert for each kind of question about a kind of picture, moved only by its own samples",
+PROTOTYPES = Method("strlora_prototypes",
+                    "ours: a small expert for each kind of question about a kind of picture, moved only by its own samples",
                     PrototypeSettings, adapter=prototype_adapter, penalty=_hold, update=Prototypes,
                     weights=("settings.hold_weight",), neighbour="strlora",
                     knobs={"settings.hold_weight": (10.0, 100.0), "settings.gate": (4.0,)},
