@@ -181,8 +181,7 @@ def leads(
             for (title, method), y in places.items():
                 row = tables[title].set_index(["metric", "method"]).loc[name, method]
                 colour, held = look(method)[1], pd.notna(row["p (Holm)"]) and row["p (Holm)"] < alpha
-                if pd.notna(row["d low"]):  # of one seed there is no interval
-                    axes.plot([sign * row["d low"], sign * row["d high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
+                axes.plot([sign * row["d low"], sign * row["d high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
                 axes.plot(sign * row["difference"], y, "o", color=colour, markerfacecolor=colour if held else "white", markersize=5,
                           gid=f"lead:{title}:{method}")
             axes.axvline(0, color=style.FAINT, linewidth=0.8, zorder=0)
