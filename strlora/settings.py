@@ -15,9 +15,9 @@ from .core import sourced
 @dataclasses.dataclass(frozen=True)
 class StreamConfig:
     "Which stream is learned and which test sets are asked."
-    name: Literal["windows", "strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4", "long"] = sourced(
+    name: Literal["windows", "strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4", "long", "few"] = sourced(
         "windows", "ours: staggered windows, tasks recur and vanish",
-        "name of the stream; alike: windows in ever more ambiguous words; long: windows, for many small chunks")
+        "name of the stream; alike: windows in ever more ambiguous words; long: windows, for many small chunks; few: four of its tasks")
     seed: int | None = sourced(None, "ours: one seed for data and training",
                                "seed of the stream; unset: the seed of the run")
     chunks: int = sourced(25, "official scripts: 25 chunks", "number of chunks")

@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments" / "mini"
-STREAMS = ("strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4", "long")
+STREAMS = ("strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4", "long", "few")
 BASES = ("gemma3",)  # bases of another family, in results/mini/base, on the windows stream
 LOOKED_AT = {("strcvit", name) for name in ("lora", "joint", "zero_shot", "strlora")}  # full sets after every fifth chunk, for a figure
 
@@ -18,11 +18,13 @@ def moved(
     often = (stream, method) in LOOKED_AT
     body = body.replace("[stream]\n", f'[stream]\nname = "{stream}"\n')
     body = re.sub(r"full_every = \d+", f"full_every = {5 if often else 25}", body)
+    if stream == "few": body = body.replace("chunk_size = 400", "chunk_size = 144")  # about as many samples of a task as on `windows`
     if stream == "long":  # the samples of the other streams in ten times as many chunks
         body = body.replace("chunk_size = 400", "chunks = 250\nchunk_size = 40").replace("full_every = 25", "every = 10\nfull_every = 250")
     chosen = [line.replace("chosen", "chosen on the windows stream") for line in head.splitlines() if "chosen by" in line]
     when = "chunks 5, 10 ... 25" if often else "the last"
-    what = "250 x 40 samples, proxies after every tenth chunk" if stream == "long" else "25 x 400 samples, proxies after every chunk"
+    size = {"long": "250 x 40", "few": "25 x 144"}.get(stream, "25 x 400")
+    what = f"{size} samples, proxies after every {'tenth chunk' if stream == 'long' else 'chunk'}"
     first = f"# {method} on the {stream} stream: {what}, full sets after {when}."
     return "\n".join([first, *chosen, body])
 

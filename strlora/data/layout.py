@@ -84,7 +84,7 @@ def test_files(
 for _function in (test_names, test_files): _function.__test__ = False  # type: ignore[attr-defined]  # not test cases for pytest
 
 # %% ../../nbs/01k_released_files.ipynb #b9ec247f
-NAMES = ("windows", "strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4", "long")  # of streams
+NAMES = ("windows", "strcvit", "abrupt", "cyclic", "uniform", "alike1", "alike2", "alike3", "alike4", "long", "few")  # of streams
 
 
 def manifest_of(
