@@ -1864,4 +1864,9 @@ d = { 'settings': { 'branch': 'main',
                                  'strlora.workers.handed': ('workers.html#handed', 'strlora/workers.py'),
                                  'strlora.workers.handed_on': ('workers.html#handed_on', 'strlora/workers.py'),
                                  'strlora.workers.held_back': ('workers.html#held_back', 'strlora/workers.py'),
-                                 'strlora.workers.share': ('workers.html#share', 'strlora/workers.py')}}}
+                                 'strlora.workers.share': ('workers.html#share', 'strlora/workers.py')},
+            'strlora.worth': { 'strlora.worth._in_order': ('worth.html#_in_order', 'strlora/worth.py'),
+                               'strlora.worth.steps': ('worth.html#steps', 'strlora/worth.py'),
+                               'strlora.worth.tried': ('worth.html#tried', 'strlora/worth.py'),
+                               'strlora.worth.values': ('worth.html#values', 'strlora/worth.py'),
+                               'strlora.worth.worth': ('worth.html#worth', 'strlora/worth.py')}}}

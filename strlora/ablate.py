@@ -93,12 +93,14 @@ def result(
 def beside(
     path: Path,                  # where rows may be already
     rows: list[dict[str, Any]],  # new ones
+    used: str,                   # the setting with the value in use
 ) -> list[dict[str, Any]]:       # all
-    "Earlier rows of other values and seeds stay."
-    if not path.exists(): return rows
+    "Earlier rows of other values and seeds stay; those of the value in use come first."
+    if not path.exists(): return sorted(rows, key=lambda row: row["settings"] != used)
     fresh = {(row["settings"], str(row["seed"])) for row in rows}
     with path.open(newline="", encoding="utf-8") as file: before = list(csv.DictReader(file))
-    return [*(row for row in before if (row["settings"], row["seed"]) not in fresh), *rows]
+    both = [*(row for row in before if (row["settings"], row["seed"]) not in fresh), *rows]
+    return sorted(both, key=lambda row: row["settings"] != used)
 
 
 def command(
@@ -120,7 +122,7 @@ def command(
     where = experiment(args.method, stream, data=args.data).parent.name  # tells streams in files apart
     names = "+".join(word.partition("=")[0].rpartition(".")[2] for word in [name, *args.also])
     place = Path(home, "mini", "ablation", where, f"{args.method}.{names}.csv")
-    write_tried(place, beside(place, [scored(run, single, {name: run.label.partition("=")[2]}) for run in done]))
+    write_tried(place, beside(place, [scored(run, single, {name: run.label.partition("=")[2]}) for run in done], runs[0].label))
     frame = result(found)
     if args.limit is not None: print("a smoke test: its numbers mean nothing", file=sys.stderr)
     seeds = min(sum(run.state == "finished" for run in some) for some in found.values())

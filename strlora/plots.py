@@ -6,7 +6,7 @@
 __all__ = ['score_heatmap', 'expert_activation', 'experts_over_stream', 'comparison', 'leads', 'pictures', 'course', 'ratios',
            'read_bench', 'accuracy_by_task', 'accuracy_over_stream', 'accuracy_panels', 'composition', 'look',
            'notebook', 'save', 'FATES', 'asked', 'cards', 'chosen', 'fates', 'against', 'distances', 'pairs', 'choices',
-           'read', 'between', 'interferences', 'likeness', 'pushes']
+           'read', 'between', 'interferences', 'likeness', 'pushes', 'steps', 'tried', 'values', 'worth']
 
 # %% ../nbs/17_plots.ipynb #01a44ab2
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,11 @@ from .overlap import entropy
 from .proxies import against, distances, pairs  # noqa: F401
 from .pushes import between, interferences, likeness, pushes  # noqa: F401
 from .style import composition, look, notebook, save  # noqa: F401
+from .worth import steps, tried, values, worth  # noqa: F401
 
 _all_ = ["course", "ratios", "read_bench", "accuracy_by_task", "accuracy_over_stream", "accuracy_panels", "composition", "look", "notebook",
          "save", "FATES", "asked", "cards", "chosen", "fates", "against", "distances", "pairs",
-         "choices", "read", "between", "interferences", "likeness", "pushes"]
+         "choices", "read", "between", "interferences", "likeness", "pushes", "steps", "tried", "values", "worth"]
 
 # %% ../nbs/17_plots.ipynb #48471bb1
 def score_heatmap(

@@ -291,14 +291,17 @@ def test_a_run_older_than_a_setting_has_its_default(tmp_path, monkeypatch):
 
 
 def test_an_ablation_keeps_what_it_has_tried(place, tmp_path):
-    from strlora import ablate
+    from strlora import ablate, worth
     path = tmp_path/"t.csv"
     row = lambda setting, seed, score: {"method": "lora", "settings": setting, "seed": seed, "MAP": score, "MAF": 0.0, "final AP": 1.0,
                                         "seconds": 1, "commit": "none"}
-    tune.write_tried(path, ablate.beside(path, [row("r=64", 100, 1.0), row("r=32", 100, 2.0)]))
-    tune.write_tried(path, ablate.beside(path, [row("r=64", 100, 3.0), row("r=16", 100, 4.0)]))
+    tune.write_tried(path, ablate.beside(path, [row("r=64", 100, 1.0), row("r=32", 100, 2.0)], "r=64"))
+    tune.write_tried(path, ablate.beside(path, [row("r=64", 100, 3.0), row("r=16", 100, 4.0)], "r=64"))
     assert [line.split(",")[1:4] for line in path.read_text().splitlines()[1:]] == [
-        ["r=32", "100", "2.0"], ["r=64", "100", "3.0"], ["r=16", "100", "4.0"]]
+        ["r=64", "100", "3.0"], ["r=32", "100", "2.0"], ["r=16", "100", "4.0"]], "the value in use first"
+    tried = worth.tried(path)
+    assert tried["value"].tolist() == ["64", "32", "16"] and set(tried["setting"]) == {"r"}
+    assert worth.worth(tried, ["MAP"])["value"].tolist() == ["16", "32", "64"], "by size"
     assert ablate.pair_of("train.betas=[0.9,0.99],[0.8,0.9]") == ("train.betas", ["[0.9,0.99]", "[0.8,0.9]"])
     for pair, word in (("stream.chunk_size=4", "compare --stream"), ("train.grad_norm_every=3", "another setting")):
         with pytest.raises(SpecError, match=word): ablate.arms("lora", pair, "windows", [100], None)
