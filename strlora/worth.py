@@ -78,7 +78,8 @@ def values(
                 axes.plot(range(len(order)), wide, color=style.FAINT, linewidth=0.7, alpha=0.6)
                 axes.plot(range(len(order)), wide.mean(axis=1), "o-", color=style.look("strlora")[1], markersize=4)
                 used = order.index(found["value"].iloc[0])
-                axes.plot(used, wide.mean(axis=1).iloc[used], "o", markersize=9, markerfacecolor="none", color=style.look("lora")[1], gid="used")
+                axes.plot(used, wide.mean(axis=1).iloc[used], "o", markersize=9, markerfacecolor="none", color=style.look("lora")[1],
+                          gid="used")
                 axes.set(xticks=range(len(order)), xticklabels=order, xlim=(-0.4, len(order) - 0.6))
                 axes.grid(axis="y")
             column[0].set_title(title)
