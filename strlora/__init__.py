@@ -9,6 +9,7 @@ _NAMES = {
     "StrLoraModel": "strlora.tuner.model",
     "EmaCallback": "strlora.tuner.model",
     "update_ema": "strlora.tuner.state",
+    "observe_batch": "strlora.tuner.state",
     "penalties_of": "strlora.tuner.root",
     "Collator": "strlora.backbones.collate",
     "load_base": "strlora.backbones.mini",

@@ -8,6 +8,7 @@ from small import check_resumed, make_base, session, short_spec
 from test_tuner import plain, prompt
 from tiny import batch, internvl, stir
 
+import strlora
 from strlora.core import RecordError, SignalError, SpecError
 from strlora.methods.ewc import fisher_information
 from strlora.backbones.collate import Collator
@@ -213,6 +214,19 @@ def test_a_generation_keeps_the_experts_of_its_prompt(adapted):
     asked = prompt({k: v for k, v in given.items() if k != "labels"})
     with torch.no_grad(), model.base_model.record_routing() as rows: model.generate(**asked, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert len(rows) > 14 and all(torch.equal(r.weights, rows[0][2].weights) for _, _, r in rows)
+
+
+def test_a_batch_is_observed_in_one_call(adapted):
+    model, given, _, found = adapted
+    torch.manual_seed(0)
+    fresh = stir(get_peft_model(internvl(), StrLoraConfig.prototypes(r=16, num_experts=16, shared=4, sight=0.999, lora_alpha=32, task_type="CAUSAL_LM")))
+    assert torch.equal(strlora.observe_batch(fresh.train(), given), found) and fresh.training
+    known, same = (layers_of(m)[0].strlora_router["default"].instructions for m in (model, fresh))
+    assert torch.equal(known.sights, same.sights) and torch.equal(known.seen.means, same.seen.means)
+    blind = {name: value for name, value in given.items() if name != "pixel_values"}
+    blind["input_ids"] = given["input_ids"].masked_fill(given["input_ids"] == model.base_model.root.image_token, 1)
+    assert strlora.observe_batch(fresh, blind).shape == found.shape, "no pictures"
+    with pytest.raises(SpecError, match="get_peft_model"): strlora.observe_batch(internvl(), given)
 
 
 def test_only_prototypes_are_observed():

@@ -65,19 +65,14 @@ def image_vectors(
     "What the language model gets in place of pictures, its mean for each sample; the tower's work is shared among the processes."
     import torch
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    from strlora.tuner.state import pictures_of
     root = run.model.base_model.root
     found = torch.zeros(len(samples), root.model.get_input_embeddings().weight.shape[-1], device=run.accelerator.device)
     mine = list(range(len(samples)))[rank::processes]
     with evaluating(run.model), torch.no_grad():
         for i in range(0, len(mine), PASS):
             places = mine[i:i + PASS]
-            batch = run.batch([samples[place] for place in places])
-            counts = (batch["input_ids"] == root.image_token).sum(1).tolist()
-            if not sum(counts): continue
-            made = batch["features"] if "features" in batch else root.model.get_image_features(batch["pixel_values"]).pooler_output
-            flat = torch.cat([part.flatten(0, -2) for part in made]).float()
-            for place, part in zip(places, flat.split(counts)):
-                if len(part): found[place] = part.mean(0)
+            found[places] = pictures_of(root, run.batch([samples[place] for place in places]))
     return run.accelerator.reduce(found, "sum")
 
 # %% ../../nbs/13m_prototypes.ipynb #03014353

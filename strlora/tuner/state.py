@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['layers_of', 'update_ema', 'freeze', 'trainable_state', 'load_trainable_state', 'parameter_counts', 'observe',
-           'StateMethods']
+           'pictures_of', 'StateMethods', 'observe_batch']
 
 # %% ../../nbs/08b_tuner_state.ipynb #9aef27db
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import CheckpointError, SpecError, unknown
 from .layer import StrLoraLinear
-from .root import input_embeddings
+from .root import input_embeddings, instruction_of
 
 # %% ../../nbs/08b_tuner_state.ipynb #27ec1079
 def layers_of(
@@ -100,6 +101,23 @@ def observe(
     if not known.seen.number: known.look_at(input_embeddings(model.model).weight)
     return known.observe(vectors, pictures, ids)
 
+# %% ../../nbs/08b_tuner_state.ipynb #06969355
+@torch.no_grad()
+def pictures_of(
+    root: Any,                  # of the wrapped model
+    batch: Mapping[str, Any],   # with `input_ids`, and `pixel_values` or `features` if there are pictures
+) -> Tensor:                    # float32, zero for a sample without a picture [b, d]
+    "What the language model gets in place of pictures, its mean for each sample; the language model itself does not run."
+    ids, width = batch["input_ids"], input_embeddings(root.model).weight.shape[-1]
+    found = torch.zeros(len(ids), width, device=ids.device)
+    counts = [] if root.image_token is None else (ids == root.image_token).sum(1).tolist()
+    if not sum(counts): return found
+    made = batch["features"] if "features" in batch else root.model.get_image_features(batch["pixel_values"]).pooler_output
+    flat = torch.cat([part.flatten(0, -2) for part in made]).float()
+    for place, part in enumerate(flat.split(counts)):
+        if len(part): found[place] = part.mean(0)
+    return found
+
 # %% ../../nbs/08b_tuner_state.ipynb #97c6fc30
 class StateMethods:
     "What training changes, as methods of a tuner."
@@ -127,3 +145,19 @@ class StateMethods:
     def observe(self, vectors: Tensor, pictures: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         "Let the active adapter's prototypes learn from the instruction vectors of new samples; the prototype of each."
         return observe(self, vectors, pictures, ids)
+
+# %% ../../nbs/08b_tuner_state.ipynb #cc4d810d
+def observe_batch(
+    model: nn.Module,          # a model wrapped by PEFT with `instruction` routers
+    batch: Mapping[str, Any],  # from the collator: samples that are about to be learned
+) -> Tensor:                   # the prototype of each sample [b]
+    "Show the prototypes the instructions and the pictures of a batch; call it before the first step on it."
+    tuner: Any = next((m for m in model.modules() if isinstance(m, StateMethods)), None)
+    if tuner is None:
+        raise SpecError(expected="a model with an adapter of strlora", found=type(model).__name__, where="observe_batch",
+                        remedy="Wrap it: get_peft_model(model, StrLoraConfig.prototypes()).")
+    vectors = instruction_of(tuner.model, batch["instruction_mask"], batch["input_ids"], None)
+    was = tuner.training
+    tuner.eval()  # no dropout in the vision tower
+    try: return tuner.observe(vectors, pictures_of(tuner.root, batch))
+    finally: tuner.train(was)
