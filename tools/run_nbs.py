@@ -1,11 +1,13 @@
 """Run notebooks by nbdev_test's rules and store their outputs.
 
-    python tools/run_nbs.py [--check] [--slow] [NOTEBOOK ...]      (no notebook: all of nbs/)
+    python tools/run_nbs.py [--check | --same] [--slow] [NOTEBOOK ...]      (no notebook: all of nbs/)
 
 Cells that nbdev_test would skip keep the outputs they have.
 """
 import argparse
+import itertools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -51,8 +53,30 @@ def drop_progress_bars(nb) -> None:
         cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr" or "".join(out["text"]).strip()]
 
 
-def run(path: Path, save: bool = True, slow: bool = False) -> bool:
-    "Run one notebook in its folder; store outputs unless `save` is False. True if every cell ran."
+def told(nb) -> list[str]:
+    "What each cell says in words: tables, sentences, prints."
+    said = []
+    for cell in nb.cells:
+        parts = []
+        for out in getattr(cell, "outputs", None) or []:
+            data = out.get("data", {})
+            parts.append(data.get("text/markdown") or (None if "image/png" in data or "text/html" in data else data.get("text/plain")) or out.get("text"))
+        said.append("\n".join("".join(part) for part in parts if part).strip())
+    return said
+
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def differs(old: str, new: str) -> bool:
+    "Whether words differ, or a number by more than the last digit shown: other processors round otherwise."
+    if NUMBER.sub("#", old) != NUMBER.sub("#", new): return True
+    near = lambda a, b: abs(float(a) - float(b)) <= (1.01 * 10.0 ** -len(a.partition(".")[2]) if "." in a else 0)
+    return not all(itertools.starmap(near, zip(NUMBER.findall(old), NUMBER.findall(new), strict=True)))
+
+
+def run(path: Path, save: bool = True, slow: bool = False, same: bool = False) -> bool:
+    "Run one notebook in its folder; store outputs unless `save` is False. True if every cell ran and, if asked, said what is stored."
     from execnb.nbio import read_nb
 
     flags = set(get_config().tst_flags.split()) - ({"slow"} if slow else set())
@@ -60,7 +84,7 @@ def run(path: Path, save: bool = True, slow: bool = False) -> bool:
     if str2bool(getattr(processed, "frontmatter_", {}).get("skip_exec", False)):
         print(f"skipped {path.name} (skip_exec)")
         return True
-    raw = read_nb(path)                                  # processing strips directives: run these cells, keep the rest
+    raw, before = read_nb(path), told(read_nb(path))     # processing strips directives: run these cells, keep the rest
     skipped = {i for i, cell in enumerate(processed.cells) if skip_cell(cell, flags)}
     order = iter(range(len(raw.cells)))
 
@@ -78,23 +102,26 @@ def run(path: Path, save: bool = True, slow: bool = False) -> bool:
             raise
         sys.stderr.write(shell.prettytb(fname=path) + "\n")
         return False
-    if save:
-        drop_progress_bars(raw)
-        clean_nb(raw)
-        write_nb(raw, path)
+    drop_progress_bars(raw)
+    clean_nb(raw)
+    if save: write_nb(raw, path)
+    other = [i for i, (old, new) in enumerate(zip(before, told(raw), strict=True)) if i not in skipped and differs(old, new)] if same else []
+    for i in other: print(f"{path.name}, cell {i}: stored\n\n{before[i]}\n\nnow\n\n{told(raw)[i]}\n", file=sys.stderr)
     print(f"ran {path.name} in {time.time() - start:.1f} s")
-    return True
+    return not other
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebooks to run (default: all)")
     parser.add_argument("--check", action="store_true", help="run without storing outputs")
+    parser.add_argument("--same", action="store_true", help="the same, and what is stored must be what the cells say now")
     parser.add_argument("--slow", action="store_true", help="run cells flagged slow, too")
     args = parser.parse_args()
     paths = [Path(p) for p in args.notebooks or sorted(nbglob(as_path=True))]
-    if len(paths) == 1: return int(not run(paths[0].absolute(), save=not args.check, slow=args.slow))
-    flags = [flag for flag, given in (("--check", args.check), ("--slow", args.slow)) if given]
+    save = not (args.check or args.same)
+    if len(paths) == 1: return int(not run(paths[0].absolute(), save=save, slow=args.slow, same=args.same))
+    flags = [flag for flag, given in (("--check", args.check), ("--same", args.same), ("--slow", args.slow)) if given]
     alone = [sys.executable, __file__, *flags]   # a process each: how one notebook draws must not change another's pictures
     failed = [p.name for p in paths if subprocess.run([*alone, str(p)]).returncode]
     if failed:
