@@ -262,7 +262,15 @@ def _results() -> Path:
 
 def provenance(
     runs: Iterable[Run],          # whose numbers a figure shows
-) -> pd.DataFrame:                # one row a run
-    "Which runs, seeds and commits a figure or table stands on."
-    return pd.DataFrame([{"method": r.method, "stream": r.stream["name"], "seed": r.seed, "scale": r.scale, "status": r.info["status"],
-                          "commit": str(r.info.get("commit"))[:12], "chunks": len(r.counts)} for r in runs])
+) -> pd.DataFrame:                # seeds by method, stream, base, commit, torch and processor
+    "What a figure or table stands on."
+    rows = []
+    for r in runs:
+        hardware = r.info.get("hardware", {})
+        rows.append({"method": r.method, "stream": r.stream["name"], "base": Path(r.info["spec"].get("model", {}).get("base", "mini")).name,
+                     "scale": r.scale, "status": r.info["status"], "commit": str(r.info.get("commit"))[:12],
+                     "torch": r.info.get("versions", {}).get("torch", "?"),
+                     "processor": hardware.get("processor", "not recorded").partition(",")[0], "seed": r.seed})
+    table = pd.DataFrame(rows)
+    seeds = table.groupby(list(table.columns[:-1]), sort=False)["seed"].agg(lambda s: ", ".join(map(str, sorted(s))))
+    return seeds.reset_index(name="seeds")

@@ -44,8 +44,8 @@ def between(
     groups = pairs.groupby("method", sort=False)
     out = groups[list(NUMBERS)].mean()
     out["worst rise"] = groups["rise"].max()
-    own = table[table["task"] == table["other"]].groupby("method", sort=False)["rise"].mean()
-    out["own fall"] = -own  # a push that teaches little may hurt little
+    own = table[table["task"] == table["other"]].groupby("method", sort=False)[["before", "rise"]].mean()
+    out["own loss"], out["own fall"] = own["before"], -own["rise"]  # a push that teaches little may hurt little
     out["opposed"] = groups["cosine"].apply(lambda x: (x < 0).mean())
     return out.reset_index()
 

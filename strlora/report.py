@@ -238,7 +238,7 @@ def compare(
         if groups.setdefault(label, {}).setdefault(key, run) is not run:
             raise SpecError(f"two runs of {label} with seed {run.seed}", where=run.folder, remedy="Give one of them.")
     if reference is not None and reference not in groups: raise unknown("reference", reference, groups)
-    drawn = {label: {key: bootstrap(r.samples(split), r.counts, r.definition(split), draws) for key, r in group.items()}
+    drawn = {label: {key: bootstrap(r.samples(split), r.counts, r.definition(split), draws, names=names) for key, r in group.items()}
              for label, group in groups.items()}
     point = {label: {key: metrics(r, split) for key, r in group.items()} for label, group in groups.items()}
     rows = []

@@ -8,7 +8,8 @@ __all__ = ['STRICT', 'METRICS', 'sample_scores', 'score_matrix', 'composition', 
            'holm']
 
 # %% ../../nbs/10_metrics.ipynb #ed349b2c
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,21 +244,28 @@ def AF_k(scores: pd.DataFrame, counts: pd.DataFrame, definition: Definition = ST
     return pd.Series(_af(scores.to_numpy(float), grid(scores, counts, definition)), scores.index, name="AF")
 
 # %% ../../nbs/10_metrics.ipynb #2900ba30
+@functools.lru_cache(maxsize=4)
+def _resampled(sizes: tuple[int, ...], draws: int, seed: int) -> list[np.ndarray]:
+    "How often each sample of each task is drawn, over the number of its samples: [draws, n] a task; the same for runs that are compared."
+    rng = np.random.default_rng(seed)
+    return [rng.multinomial(n, np.full(n, 1 / n), size=draws) / n for n in sizes]
+
+
 def bootstrap(
     samples: Mapping[str, pd.DataFrame],   # of one run: task -> evaluated chunks x samples (`sample_scores`)
     counts: pd.DataFrame,                  # chunk x task
     definition: Definition = STRICT,  # what exactly is meant
     draws: int = 1000,                     # resampled test sets
     seed: int = 0,                         # runs compared with each other must share it
+    names: Iterable[str] = tuple(METRICS), # which metrics
 ) -> dict[str, np.ndarray]:                # metric name -> [draws]
     "Each metric under resampled test sets, centred on its value. Same samples and seed, same draws: differences are paired."
-    rng, means = np.random.default_rng(seed), {}
-    for task, frame in sorted(samples.items()):
-        n = frame.shape[1]
-        means[task] = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n @ frame[sorted(frame.columns)].to_numpy().T
+    sizes = tuple(frame.shape[1] for _, frame in sorted(samples.items()))
+    means = {task: drawn @ frame[sorted(frame.columns)].to_numpy().T
+             for (task, frame), drawn in zip(sorted(samples.items()), _resampled(sizes, draws, seed), strict=True)}
     rows = pd.DataFrame({task: frame.mean(axis=1) for task, frame in samples.items()})
     a, g = np.stack([means[t] for t in rows.columns], axis=-1), grid(rows, counts, definition)
-    drawn, point = {name: rule(a, g) for name, rule in METRICS.items()}, measure(rows, counts, definition)
+    drawn, point = {name: METRICS[name](a, g) for name in names}, measure(rows, counts, definition)
     return {name: values - values.mean() + point[name] for name, values in drawn.items()}
 
 
