@@ -198,7 +198,8 @@ def leads(
             top = min(y for (of, _), y in places.items() if of == title)
             grid[0][0].annotate(title, (0, top - 0.75), xycoords=("axes fraction", "data"), fontweight="bold", fontsize=8.5, va="center",
                                 xytext=(-4, 0), textcoords="offset points", ha="right")
-        style.caption(figure, f"Right of zero: the reference is better. Filled: p < {alpha:g}, paired t over at least {FEW} seeds, Holm's correction.")
+        style.caption(figure, "Right of zero: the reference is better. "
+                              f"Filled: p < {alpha:g}, paired t over at least {FEW} seeds, Holm's correction.")
     return list(grid[0])
 
 # %% ../nbs/17_plots.ipynb #26d5fb13
