@@ -119,6 +119,37 @@ def test_every_notebook_is_in_the_sidebar_once():
     assert sorted(listed) == sorted(p.name for p in NBS)
 
 
+BARE = """
+import importlib.util, sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+from pathlib import Path
+tool, pages, *there = sys.argv[1:]
+
+class Absent:
+    "Packages that were not installed."
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {"strlora", *there, *sys.stdlib_module_names}: raise ModuleNotFoundError(name)
+
+sys.meta_path[:] = [Absent(), BuiltinImporter, FrozenImporter, PathFinder]
+sys.path[:] = [place for place in sys.path if not Path(place, "strlora").exists()]
+spec = importlib.util.spec_from_file_location("build_site", tool)
+site = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(site)
+site.PROC = Path(pages)
+assert site.process()
+"""
+
+
+def test_pages_are_made_with_what_the_workflow_installs(tmp_path):
+    "In an environment with nothing else, the package not among it."
+    (install,) = re.findall(r"pip install -c constraints.txt ([\w -]+)$", read(ROOT / ".github/workflows/site.yml"), re.M)
+    there = [{"pyyaml": "yaml"}.get(name, name) for name in install.split()]
+    done = subprocess.run([sys.executable, "-I", "-c", BARE, ROOT / "tools/build_site.py", tmp_path / "pages", *there],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pages" / "configuration.md").stat().st_size > 10_000
+
+
 def test_versions_agree():
     assert f'__version__ = "{META["version"]}"' in read(ROOT / "strlora/__init__.py")
     assert str(yaml.safe_load(read(ROOT / "CITATION.cff"))["version"]) == META["version"]

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package as it lies here, installed or not
 NBS, PROC, DOCS = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")
 
