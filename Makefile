@@ -64,9 +64,9 @@ study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; 
 	for step in 1 2 3 4; do \
 	    $(VENV)/bin/strlora compare $(ROUTED) --seeds 0,1,2,3,4 --stream alike$$step $(ARGS) || exit; done
 	$(VENV)/bin/strlora compare strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0,1,2,3,4 --stream long $(ARGS)
-	$(VENV)/bin/strlora interference $(addsuffix /seed3,$(addprefix results/mini/windows/,lora strlora strlora_prototypes))
-	for run in results/mini/windows/{strlora_prototypes,same}/seed{0,1,2}; do $(VENV)/bin/strlora eval $$run --split held_out || exit; done
-	$(PY) tools/keep_looks.py
+	$(PY) tools/with_model.py interference results/mini/windows/{lora,strlora,strlora_prototypes}/seed3 $(ARGS)
+	$(PY) tools/with_model.py held_out results/mini/windows/{strlora_prototypes,same}/seed{0,1,2} $(ARGS)
+	$(PY) tools/with_model.py looks results/mini/windows/{strlora,strlora_prototypes}/seed3 $(ARGS)
 
 reproduce: $(READY)  ## make a run of the study once more and compare (RUN=results/mini/windows/lora/seed4; none: any)
 	$(PY) tools/reproduce.py $(RUN)
