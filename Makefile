@@ -68,8 +68,8 @@ study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; 
 	$(PY) tools/with_model.py held_out results/mini/windows/{strlora_prototypes,same}/seed{0,1,2} $(ARGS)
 	$(PY) tools/with_model.py looks results/mini/windows/{strlora,strlora_prototypes}/seed3 $(ARGS)
 
-reproduce: $(READY)  ## make a run of the study once more and compare (RUN=results/mini/windows/lora/seed4; none: any)
-	$(PY) tools/reproduce.py $(RUN)
+reproduce: $(READY)  ## make a run of the study once more and compare (RUN=results/mini/windows/lora/seed4; none: any; ARGS="--keep ...")
+	$(PY) tools/reproduce.py $(RUN) $(ARGS)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab --notebook-dir nbs

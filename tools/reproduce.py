@@ -2,28 +2,39 @@
 
     tools/reproduce.py [RUN]     RUN: a folder such as results/mini/windows/lora/seed4; without one, any
 
-Exit code 0: the same to the last digit, or scores within `NEAR`; 1: further apart; 2: nothing that could be compared.
+It is made with the code of the commit that it came from, checked out under scratch/ for the time it takes, or with the code at hand where
+git does not have that commit. Digits repeat on the same processor with the same packages; where these differ, or are not written down,
+no equality can be claimed, and scores are compared instead.
+Exit code 0: the same to the last digit, or scores within `NEAR` where equality cannot be claimed; 1: neither; 2: nothing that could be compared.
 """
 import argparse
+import contextlib
+import json
+import os
 import random
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from strlora import report, runs
-from strlora.core import SpecError, StrLoraError, read_json
+from strlora import report
+from strlora.core import SpecError, StrLoraError, TrainingError, read_json
 from strlora.folder import PACKAGES, commit, hardware, installed
 from strlora.spec import resolve
 
-ROOT = Path(__file__).resolve().parents[1] / "results" / "mini"
+TOP = Path(__file__).resolve().parents[1]
+ROOT = TOP / "results" / "mini"
+KEPT = ROOT / "reproduced.jsonl"                    # one line a run that was made once more, for `--keep`
 TABLES = {"train": ["seconds"], "predictions": []}  # and what of them differs from time to time
 SPLITS = ("proxy", "full")                          # what a run asks by itself; other words are asked later
 # Points. Ours: sums in another order (the layer before and after a rewrite, two seeds) moved MAP by half a point; a final score rests
 # on fewer answers. Seeds are no measure: each has a stream of its own, and they differ by tens of points.
 NEAR = {"MAP": 3.0, "MAF": 3.0, "final AP": 6.0}
+BEGIN = "import json, sys; from strlora import runs, spec; runs.start(spec.resolve(json.load(sys.stdin)), sys.argv[1])"
 
 
 def chosen(
@@ -49,12 +60,93 @@ def checked(
     return info
 
 
-def circumstances(
-    info: dict[str, Any],  # run.json
-) -> dict[str, Any]:       # by name, what numbers may depend on
-    "Machine, packages and commit of a run."
-    return {"commit": info.get("commit"), **info.get("hardware", {}), **info.get("versions", {})}
+# --- how it was made ------------------------------------------------------------------------------------------------
 
+def named(
+    sha: str | None,        # of a commit
+    changed: bool | None,   # whether the code was another
+) -> str | None:
+    "The name of some code."
+    return f"{sha}, changed" if sha and changed else sha
+
+
+def circumstances(
+    info: Mapping[str, Any],  # run.json
+) -> dict[str, Any]:          # by name, what digits may depend on
+    "Machine, packages and commit of a run."
+    return {"commit": named(info.get("commit"), info.get("dirty")), **info.get("hardware", {}), **info.get("versions", {})}
+
+
+def threads_of(
+    info: Mapping[str, Any],  # run.json
+) -> int:
+    "CPU threads that a run was made with."
+    return info["spec"].get("train", {}).get("threads") or info.get("hardware", {}).get("threads") or 1
+
+
+def at_hand(
+    info: Mapping[str, Any],  # run.json of a run that is made once more
+    code: str | None,         # commit that it is made with; None: what lies here
+) -> dict[str, Any]:          # by the names of `circumstances`
+    "The same of this machine."
+    return {"commit": code or named(*commit()), **hardware(), "threads": threads_of(info), **{name: installed(name) for name in PACKAGES}}
+
+
+def doubts(
+    there: Mapping[str, Any],  # of `circumstances`
+    here: Mapping[str, Any],   # of `at_hand`
+) -> list[str]:                # none: the digits must be the same
+    "Why equality cannot be claimed."
+    return [f"{name}: {there[name]} there, {value} here" if name in there else f"{name}: not written down there, {value} here"
+            for name, value in here.items()
+            if name != "cpus" and (there.get(name, "not written down") != value or name == "commit" and "changed" in str(value))]
+
+
+# --- making it ------------------------------------------------------------------------------------------------------
+
+def git(
+    *words: str,  # after `git`
+) -> bool:
+    "Whether git does something with this repository."
+    try: return subprocess.run(["git", "-C", str(TOP), *words], capture_output=True, timeout=300).returncode == 0
+    except (OSError, subprocess.TimeoutExpired): return False
+
+
+@contextlib.contextmanager
+def code_of(
+    info: Mapping[str, Any],  # run.json
+    home: Path,               # where it may be checked out
+) -> Iterator[tuple[Path, str | None]]:  # folder with the package, and the commit if it is the recorded one
+    "The code that a run came from; what lies here if that is the same or there is no other, which is said."
+    sha, tree = info.get("commit"), home / "code"
+    if not sha or info.get("dirty"): why = "the code that it came from was never committed"
+    elif commit() == (sha, False): why = ""
+    elif not git("cat-file", "-e", f"{sha}^{{commit}}"): why = f"git does not have {sha[:12]}"
+    elif not git("worktree", "add", "--detach", str(tree), sha): why = f"git cannot check out {sha[:12]} in {tree.parent}"
+    else:
+        try: yield tree, sha
+        finally: git("worktree", "remove", "--force", str(tree))
+        return
+    if why: print(f"  {why}: made with the code at hand", flush=True)
+    yield TOP, None if why else sha
+
+
+def make(
+    info: Mapping[str, Any],  # run.json
+    code: Path,               # folder with the package
+    folder: Path,             # new
+) -> None:
+    "The run once more, in a process of its own, as it was in the study."
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads_of(info)))
+    env = {**os.environ, "PYTHONPATH": str(code), "PYTHONWARNINGS": "ignore", **threads}
+    done = subprocess.run([sys.executable, "-P", "-c", BEGIN, str(folder)], input=json.dumps(info["spec"]), text=True, env=env,
+                          start_new_session=True)
+    if done.returncode:
+        raise TrainingError(expected="a run", found=f"exit code {done.returncode}", where=code,
+                            remedy="Read what it says above; --code here takes the code at hand.")
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
 
 def differing(
     one: Path,    # folder of a run
@@ -83,39 +175,52 @@ def near(
 
 
 def once_more(
-    folder: Path,  # of a finished run
-) -> int:          # exit code
+    folder: Path,           # of a finished run
+    recorded: bool = True,  # with the code that it came from, if git has it
+    keep: bool = False,     # write down what was found
+) -> int:                   # exit code
     "Say how it was made, make it again, say what is the same."
     info = checked(folder)
-    spec = resolve(info["spec"])
-    print(f"{folder}: {info['method']}, seed {spec.seed}", flush=True)
-    now = {"commit": commit()[0], **hardware(), **{name: installed(name) for name in PACKAGES}}
-    for name, value in now.items():
-        then = circumstances(info).get(name, "not written down")
-        if then != value: print(f"  {name}: {then} there, {value} here")
-    with tempfile.TemporaryDirectory() as scratch:
-        other = Path(scratch, "run")
-        runs.start(spec, other)
-        found = differing(folder, other)
-        if not any(found.values()):
-            print(f"the same to the last digit: {' and '.join(found)}")
-            return 0
-        print("rows that differ: " + ", ".join(f"{n} of {name}" for name, n in found.items()))
+    print(f"{folder}: {info['method']}, seed {resolve(info['spec']).seed}", flush=True)
+    (scratch := TOP / "scratch").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as home:
+        with code_of(info, Path(home)) if recorded else contextlib.nullcontext((TOP, None)) as (code, sha):
+            there, here = circumstances(info), at_hand(info, sha)
+            why = doubts(there, here)
+            if why: print("\n  ".join(["  no equality can be claimed, for digits may depend on", *why]), flush=True)
+            make(info, code, other := Path(home, "run"))
+        rows = differing(folder, other)
         table, close = near(report.load_run(folder), report.load_run(other))
-    print(table.round(1).to_string())
-    print("scores are near" if close else "scores are further apart than another order of sums explains")
-    return 0 if close else 1
+    same = not any(rows.values())
+    row = {"run": "/".join(folder.resolve().parts[-3:]), "commit": here["commit"], "equal": same, "claimed": not why,
+           "rows": rows, "largest_difference": round(float((table["artefact"] - table["once more"]).abs().max()), 4) if len(table) else None,
+           **{name: here[name] for name in ("processor", "threads", "torch")},
+           **{f"recorded_{name}": there.get(name) for name in ("commit", "processor", "threads", "torch")}}
+    if keep:
+        with KEPT.open("a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
+    if same: print(f"the same to the last digit: {' and '.join(rows)}")
+    else:
+        print("rows that differ: " + ", ".join(f"{n} of {name}" for name, n in rows.items()))
+        print(table.round(1).to_string())
+        print("scores are near" if close else "scores are further apart than another order of sums explains")
+        if not why: print("nothing is known to differ in how they were made, so they should be the same")
+    return 0 if same or (close and why) else 1
 
 
 def main(
     words: list[str] | None = None,  # of the command line
 ) -> int:
     "Compare one run."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="\n".join(__doc__.splitlines()[4:]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run (default: any of the study)")
-    folder = chosen(parser.parse_args(words).run)
-    try: return once_more(folder)
-    except (KeyboardInterrupt, runs.Interrupted):
+    parser.add_argument("--code", choices=["recorded", "here"], default="recorded",
+                        help="recorded: of the commit that the run came from, if git has it (default); here: as it lies in this folder")
+    parser.add_argument("--keep", action="store_true", help="add a line with what was found to results/mini/reproduced.jsonl")
+    args = parser.parse_args(words)
+    folder = chosen(args.run)
+    try: return once_more(folder, args.code == "recorded", args.keep)
+    except KeyboardInterrupt:
         print("stopped; nothing is kept", file=sys.stderr)
         return 130
     except (KeyError, ValueError, StrLoraError) as error:  # a record that is not one of ours

@@ -146,6 +146,9 @@ def judged(
     found = ", ".join(f"{name} {row['artefact']:.1f} there and {row['once more']:.1f} here" for name, row in table.iterrows())
     print(f"{run}: made again in {model}, not the same: {', '.join(f'{n} rows of {name}' for name, n in rows.items())} differ; {found}"
           + ("" if close else "; too far apart, nothing is copied"))
+    info = reproduce.checked(run)
+    if why := reproduce.doubts(reproduce.circumstances(info), reproduce.at_hand(info, None)):
+        print("\n  ".join(["  digits may depend on", *why]))
     return close
 
 
