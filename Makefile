@@ -15,11 +15,20 @@ export HF_HUB_OFFLINE=1
 COMPARED := strlora_prototypes strlora strlora_released lora ewc lwf replay olora moelora smolora smolora_released same branchlora joint zero_shot
 ABLATED  := strlora_select strlora_weigh strlora_no_reg strlora_frozen
 ROUTED   := strlora_prototypes strlora strlora_released moelora smolora same branchlora
+# settings of strlora and the values that are tried beside the tuned one, on seeds that no search has used
+SETTINGS := num_experts=2,8,16 top_k=3,4 r=16,32,128 ema_decay=0.9,0.999 kl_weight=0.0,0.03,0.3,1.0 sub_top_k=1
+COMPARE  := $(VENV)/bin/strlora compare
+ABLATE   := $(VENV)/bin/strlora ablate
+define newline
+
+
+endef
 
 .PHONY: help setup run test test-all nbtest site figures study study-more reproduce lab lint export fresh readme clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@$(PYTHON) tools/hours.py study study-more 2>/dev/null || true
 
 setup: $(READY)  ## create .venv and install the package with its tools (once, and again when the requirements change)
 
@@ -51,20 +60,25 @@ figures: $(READY)  ## redraw the figure notebooks (nbs/2*), the front page and t
 	$(PY) tools/make_readme.py
 
 study: $(READY)  ## the main comparison on both named streams, five seeds; goes on where it stopped (ARGS="--jobs 2 ...")
-	$(VENV)/bin/strlora compare $(COMPARED) --seeds 0,1,2,3,4 $(ARGS)
-	$(VENV)/bin/strlora compare $(COMPARED) --seeds 0,1,2,3,4 --stream strcvit $(ARGS)
+	$(COMPARE) $(COMPARED) --seeds 0,1,2,3,4 $(ARGS)
+	$(COMPARE) $(COMPARED) --seeds 0,1,2,3,4 --stream strcvit $(ARGS)
 
-study-more: $(READY)  ## ablations, more seeds, other streams, ambiguous words; goes on where it stopped
-	$(VENV)/bin/strlora compare strlora $(ABLATED) --seeds 0,1,2,3,4 $(ARGS)
-	$(VENV)/bin/strlora compare strlora_prototypes same ewc lora branchlora strlora strlora_released \
+study-more: $(READY)  ## ablations, more seeds, other streams, words and base, models looked into; goes on where it stopped
+	$(COMPARE) strlora $(ABLATED) --seeds 0,1,2,3,4 $(ARGS)
+	$(COMPARE) strlora_prototypes same ewc lora branchlora strlora strlora_released \
 	    --seeds 0,1,2,3,4,5,6,7,8,9,10,11 --reference strlora_prototypes $(ARGS)
-	for stream in abrupt cyclic uniform; do \
-	    $(VENV)/bin/strlora compare strlora_prototypes same ewc lora strlora --seeds 0,1,2,3 --stream $$stream \
-	        --reference strlora_prototypes $(ARGS) || exit; done
-	for step in 1 2 3 4; do \
-	    $(VENV)/bin/strlora compare $(ROUTED) --seeds 0,1,2,3,4 --stream alike$$step $(ARGS) || exit; done
-	$(VENV)/bin/strlora compare strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0,1,2,3,4 --stream long $(ARGS)
-	$(PY) tools/with_model.py interference results/mini/windows/{lora,strlora,strlora_prototypes}/seed3 $(ARGS)
+	$(foreach stream,abrupt cyclic uniform,$(COMPARE) strlora_prototypes same ewc lora strlora --seeds 0,1,2,3 --stream $(stream) \
+	    --reference strlora_prototypes $(ARGS)$(newline))
+	$(foreach step,1 2 3 4,$(COMPARE) $(ROUTED) ewc --seeds 0,1,2,3,4 --stream alike$(step) $(ARGS)$(newline))
+	$(COMPARE) strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0,1,2,3,4 --stream long $(ARGS)
+	$(COMPARE) strlora_prototypes same ewc lora --seeds 0,1,2 --stream windows-gemma3 --reference strlora_prototypes $(ARGS)
+	$(ABLATE) strlora share_routers=block --seeds 100,101,102,103,104 $(ARGS)
+	$(foreach setting,sight=-1.0 hold_weight=0.0 lazy=false gate=4.0 shared=8 geometry=none,\
+	    $(ABLATE) strlora_prototypes $(setting) --seeds 102,103,104,105,106 $(ARGS)$(newline))
+	$(ABLATE) strlora_prototypes oracle_task_id=true --seeds 102,103,104 --stream alike4 $(ARGS)
+	$(foreach setting,$(SETTINGS),$(ABLATE) strlora $(setting) --seeds 102,103,104 $(ARGS)$(newline))
+	$(ABLATE) strlora num_experts=2,8,16 --seeds 102,103,104 --stream few $(ARGS)
+	$(PY) tools/with_model.py interference results/mini/windows/{lora,ewc,moelora,strlora,strlora_prototypes}/seed3 $(ARGS)
 	$(PY) tools/with_model.py held_out results/mini/windows/{strlora_prototypes,same}/seed{0,1,2} $(ARGS)
 	$(PY) tools/with_model.py looks results/mini/windows/{strlora,strlora_prototypes}/seed3 $(ARGS)
 

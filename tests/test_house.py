@@ -366,6 +366,18 @@ def test_documented_make_targets_exist():
         assert named and named <= targets, f"{name}: {sorted(named - targets)}"
 
 
+def test_committed_runs_are_made_by_a_target(monkeypatch):
+    "Of the Makefile; whatever make runs the tests, and with which words."
+    if not shutil.which("make"): pytest.skip("needs make")
+    monkeypatch.setenv("MAKEFLAGS", " -- ARGS=--nonsense")
+    hours = tool("hours")
+    study, more = hours.planned("study"), hours.planned("study-more")
+    there = {(*path.parts[-4:-2], path.parts[-2].removeprefix("seed"), "") for path in (ROOT / "results/mini").glob("*/*/seed*/run.json")}
+    assert not there - study - more, sorted(there - study - more)
+    assert {run[0] for run in study} == {"windows", "strcvit"} and ("few", "strlora", "103", "num_experts=16") in more
+    assert hours.seconds_of(("windows", "lora", "999", ""), {("windows", "lora", "0", ""): 2.0, ("windows", "ewc", "0", ""): 9.0}) == 2
+
+
 def test_tool_tables_hold_no_metadata():
     "The package's metadata have one home: settings.ini."
     assert "project" not in tomllib.loads(read(ROOT / "pyproject.toml"))

@@ -68,8 +68,8 @@ def test_looks_lie_beside_the_streams(with_model, run, here):
 
 def test_a_model_is_used_where_it_is(with_model, whole, run, here, capsys):
     shutil.copytree(whole/"checkpoint", run/"checkpoint")
-    assert with_model.main(["held_out", str(run), "--dry-run"]) == 0
-    assert f"model in {run} (there)" in capsys.readouterr().out
+    for words in (["held_out", str(run), "--dry-run"], ["model", str(run)]): assert with_model.main(words) == 0
+    assert f"model in {run} (there)\n{run}: its model is in {run}\n" in capsys.readouterr().out
     assert with_model.main(["held_out", str(run)]) == 0
     assert with_model.STEPS["held_out"].there(run) and not here and not Path("scratch").exists()
 

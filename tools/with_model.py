@@ -3,6 +3,7 @@
     tools/with_model.py interference RUN ...   where its tasks get in each other's way: RUN/interference.csv
     tools/with_model.py held_out RUN ...       its answers to questions in other words: rows of RUN/predictions.parquet
     tools/with_model.py looks RUN ...          how it routes some questions about some pictures: view/METHOD.json beside the streams
+    tools/with_model.py model RUN ...          nothing more: says where the model is, for `strlora chat` and the like
 
 A run that has its checkpoint is used where it is; any other is made again in scratch/again, with the settings and the seed of its run.json,
 and stays there for the next time. What a run has already is not made anew without --again.
@@ -89,7 +90,8 @@ class Step:
 
 STEPS = {"interference": Step(lambda run: (run / "interference.csv").is_file(), interfere),
          "held_out": Step(lambda run: bool(held_out(run / "predictions.parquet")), ask),
-         "looks": Step(lambda run: viewed(run).is_file(), look)}
+         "looks": Step(lambda run: viewed(run).is_file(), look),
+         "model": Step(lambda run: False, lambda model, run: print(f"{run}: its model is in {model}"))}
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
