@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The mini study: learning rates and two variants on tuning seeds, then three reporting seeds on both streams.
-# A run takes 3 to 6 minutes on one core, one thread each; JOBS=2 uses two cores. Finished runs are kept, interrupted ones resume.
-# `strlora tune` and `strlora compare` do the same for every method, with more settings.
+# The mini study from its beginning: learning rates and two variants on tuning seeds, then the main comparison, `make study`.
+# JOBS=2 uses two cores, one thread a run. Finished runs are kept, interrupted ones resume. `make help` says how long the comparison takes;
+# `strlora tune` searches every method alike, with more settings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 JOBS=${JOBS:-1}
@@ -34,8 +34,5 @@ plain="--set stream.chunk_size=400 --set eval.every=5 --set routing_every=0"
 } | xargs -P "$JOBS" -I{} bash -c '{}'
 strlora report scratch/rates/*/ --json > results/mini/rates.json
 
-{   # about two hours of one core: the reporting seeds (results/mini/<stream>/<method>/seed<n>, from a clean commit)
-    for stream in windows strcvit; do for seed in 0 1 2; do for method in lora strlora zero_shot joint; do
-        echo "once results/mini/$stream/$method/seed$seed experiments/mini/$stream/$method.toml --seed $seed"
-    done; done; done
-} | xargs -P "$JOBS" -I{} bash -c '{}'
+# the reporting seeds (results/mini/<stream>/<method>/seed<n>, from a clean commit)
+make study ARGS="--jobs $JOBS"
