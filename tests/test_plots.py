@@ -137,9 +137,26 @@ def test_many_experts(tmp_path):
     run = load_run(specimen(tmp_path, chunks=2, tasks=TASK4, experts=32, questions=2))
     assert plots.expert_activation(run).collections[0].get_array().shape == (4, 32)
     assert len(plots.experts_over_stream(run)) == 32
+    axes = plots.first_experts(run)
+    assert "without" not in axes.figure.get_supxlabel(), "no two tasks are served alike"
+    last = last_layer(run).query("after_chunk == 2").pivot(index="task", columns="expert", values="weight").loc[list(TASK4)]
+    assert [int(t.get_text()) for t in axes.texts][2::3] == last.idxmax(axis=1).tolist()
+
+
+def test_first_of_the_private_experts():
+    "A run of the preset with prototypes: those that serve all tasks alike are left out, and so they are of the share."
+    run = report.collect(["strlora_prototypes"], seeds=(0,))[0]
+    axes = plots.first_experts(run)
+    tasks, records = axes.collections[0].get_array().shape
+    assert "the 16 of 32" in axes.figure.get_supxlabel() and records == run.routing["after_chunk"].nunique()
+    assert all(int(t.get_text()) >= 16 for t in axes.texts) and len(axes.texts) == tasks * records
+    assert np.isclose(axes.collections[0].get_array().max(), 100)
+    assert plots.first_experts(run, most=2).collections[0].get_array().shape == (tasks, 2)
+    assert plots.first_experts(report.collect(["strlora"], seeds=(0,))[0]).collections[0].get_array().max() <= 100
 
 
 def test_without_routing(runs):
+    assert "no experts" in plots.first_experts(runs[3]).texts[0].get_text()
     assert "no experts" in plots.expert_activation(runs[3]).texts[0].get_text()
     assert "no experts" in plots.experts_over_stream(runs[3])[0].texts[0].get_text()
 
@@ -147,7 +164,8 @@ def test_without_routing(runs):
 @pytest.mark.parametrize("chunks, tasks", [(1, TASK4), (1, ("ocr",)), (5, ("ocr",))])
 def test_small_runs(tmp_path, chunks, tasks):
     run = load_run(specimen(tmp_path, chunks=chunks, tasks=tasks, questions=3))
-    for draw in (plots.accuracy_over_stream, plots.accuracy_by_task, plots.score_heatmap, plots.expert_activation, plots.experts_over_stream):
+    for draw in (plots.accuracy_over_stream, plots.accuracy_by_task, plots.score_heatmap, plots.expert_activation, plots.experts_over_stream,
+                 plots.first_experts):
         figure = np.atleast_1d(np.asarray(draw(run), dtype=object)).flat[0].figure
         figure.canvas.draw()
     plots.composition(run.stream).figure.canvas.draw()
