@@ -69,7 +69,8 @@ def panel(
     said = [(i, word, kind) for i, (word, kind) in enumerate(zip(look["words"], kinds, strict=True)) if kind != "image"]
     words = "".join(f'<span class="w {kind}" style="background:{colour(main[i], e)}55" title="expert {main[i]}, {weights[i][main[i]]:.2f}">'
                     f"{html.escape(word)}</span>" for i, word, kind in said)
-    where = f'<div class="where">in {html.escape(str(look.get("layer", "one layer")))}</div>'
+    layer = f'in {html.escape(str(look["layer"]))}' if "layer" in look else "mean over all layers"  # as looks were once kept
+    where = f'<div class="where">{layer}</div>'
     means = [sum(column) / len(weights) for column in zip(*weights, strict=True)]
     top = sorted(range(e), key=lambda x: (-means[x], x))[:most]
     bars = "".join(f'<div class="bar"><span>expert {x}</span><b style="width:{140 * means[x] / max(max(means), 1e-9):.0f}px;'
