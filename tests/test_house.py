@@ -150,6 +150,11 @@ def test_pages_are_made_with_what_the_workflow_installs(tmp_path):
     assert (tmp_path / "pages" / "configuration.md").stat().st_size > 10_000
 
 
+def test_no_two_pages_have_the_same_title():
+    titles = [tool("build_site").front_matter(json.loads(read(p)), p)[0]["title"] for p in NBS]
+    assert not (twice := {t for t in titles if titles.count(t) > 1}), twice
+
+
 def test_versions_agree():
     assert f'__version__ = "{META["version"]}"' in read(ROOT / "strlora/__init__.py")
     assert str(yaml.safe_load(read(ROOT / "CITATION.cff"))["version"]) == META["version"]
