@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package as it lies here, installed or not
 NBS, PROC, DOCS = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")
+FIGURE = re.compile(r"^\d+[a-zA-Z0-9]*_fig_")    # pages that show results: their code waits behind a click
 
 
 class SiteError(SystemExit):
@@ -117,7 +118,7 @@ def front_matter(notebook: dict, path: Path) -> tuple[dict, list[dict]]:
 
 
 def page(path: Path, notebook: dict, index: dict[str, str]) -> dict:
-    "A notebook as a page: no hidden cells, no directives, anchors at definitions, links at symbols."
+    "A notebook as a page: no hidden cells, no directives, anchors at definitions, links at symbols, code of results folded."
     meta, cells = front_matter(notebook, path)
     here, out = page_name(path), []
     for cell in cells:
@@ -136,6 +137,7 @@ def page(path: Path, notebook: dict, index: dict[str, str]) -> dict:
         if "hide_input" in words: kept = ["#| echo: false"] + [k for k in kept if "hide_input" not in k]
         if "hide_output" in words: cell = dict(cell, outputs=[])
         kept = [k for k in kept if "hide_output" not in k and not re.match(r"\s*%%?\w", k)]
+        if FIGURE.match(path.name): kept = ["#| code-fold: true", *kept]                # as Quarto has it, and smalldocs
         if exported and (names := [n for n in definitions(source) if not n.startswith("_")]):
             anchors = "".join(f'<span class="definition" id="{n.lower()}"></span>' for n in names)
             out.append({"cell_type": "markdown", "metadata": {}, "source": anchors})
