@@ -189,6 +189,7 @@ def test_outputs_hold_no_errors_warnings_or_machine_paths(path):
             assert not re.search(r"\b\w*Warning: ", words), f"code cell {n} stores a warning"
             assert not re.search(r"\d+%\|.*it/s\]", words), f"code cell {n} stores a progress bar"
             assert not MACHINE_PATH.search(words), f"code cell {n} stores the path of a machine: {MACHINE_PATH.search(words)}"
+            assert not re.search(r"\.\.\.</td>", words), f"code cell {n} stores a table that is cut off: show it with `report.to_markdown`"
 
 
 @pytest.mark.parametrize("path", NBS, **ids)
