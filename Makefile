@@ -24,7 +24,7 @@ define newline
 
 endef
 
-.PHONY: help setup run test test-all nbtest site figures study study-more reproduce lab lint export fresh readme clean
+.PHONY: help setup run test test-all nbtest site widths figures study study-more reproduce lab lint export fresh readme clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ nbtest: $(READY)  ## nbdev_test, what `make test` runs notebook by notebook
 
 site: $(READY)  ## build the documentation in _docs and check every link, anchor and picture
 	$(PY) tools/build_site.py
+
+widths: $(READY)  ## check in a browser that no page of _docs is wider than a phone or a desk shows it
+	$(PY) tools/check_widths.py
 
 figures: $(READY)  ## redraw the figure notebooks (nbs/2*), the front page and the README from the committed artefacts; git diff shows what differs
 	$(PY) tools/run_nbs.py $(sort $(wildcard nbs/2*_fig_*.ipynb)) nbs/16i_film.ipynb nbs/index.ipynb
