@@ -9,7 +9,6 @@ __all__ = ['score_heatmap', 'expert_activation', 'experts_over_stream', 'first_e
            'read', 'between', 'interferences', 'likeness', 'pushes', 'leads', 'steps', 'tried', 'values', 'worth']
 
 # %% ../nbs/17_plots.ipynb #01a44ab2
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
