@@ -102,7 +102,7 @@ def expert_activation(
     return axes
 
 
-def _entropies(axes: Axes, entropy: pd.Series, experts: int) -> None:
+def _entropies(axes: Axes, entropy: np.ndarray, experts: int) -> None:
     "Beside the heat map: how evenly each task spreads its weight."
     axes.axvline(np.log(experts), color=style.FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.hlines(range(len(entropy)), 0, entropy, color=style.RULE, linewidth=1.4)

@@ -93,6 +93,7 @@ def steps(
     found: pd.DataFrame,                    # step, method, seed and metrics: a row a run, steps in order of appearance
     names: Sequence[str] = ("MAP", "final AP"),  # metrics, one panel each
     note: str = "",                         # goes into the caption
+    unit: str = "points of 100",            # of the metrics
 ) -> list[Axes]:                            # one a metric
     "What becomes of methods step by step: means as lines, runs as dots."
     order, methods = list(dict.fromkeys(found["step"])), list(dict.fromkeys(found["method"]))
@@ -105,7 +106,7 @@ def steps(
                 axes.plot(range(len(order)), mean, color=colour, linestyle=dash, linewidth=1.6, label=shown, gid=f"line:{method}")
                 axes.plot([order.index(step) for step in rows["step"]], rows[name], "o", color=colour, markersize=3.2,
                           markeredgecolor="white", markeredgewidth=0.5)
-            axes.set(title=name, xticks=range(len(order)), ylabel="points of 100")
+            axes.set(title=name, xticks=range(len(order)), ylabel=unit)
             axes.set_xticklabels(order, rotation=20, ha="right")
             axes.grid(axis="y")
         handles, shown = grid[0][0].get_legend_handles_labels()
