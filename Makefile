@@ -82,7 +82,9 @@ study-more: $(READY)  ## ablations, more seeds, other streams, words and base, m
 	$(foreach setting,$(SETTINGS),$(ABLATE) strlora $(setting) --seeds 102,103,104 $(ARGS)$(newline))
 	$(ABLATE) strlora num_experts=2,8,16 --seeds 102,103,104 --stream few $(ARGS)
 	$(PY) tools/with_model.py interference results/mini/windows/{lora,ewc,moelora,strlora,strlora_prototypes}/seed3 $(ARGS)
+	$(COMPARE) strlora_prototypes same joint --seeds 12,13,14 $(ARGS)
 	$(PY) tools/with_model.py held_out results/mini/windows/{strlora_prototypes,same,joint}/seed{12,13,14} $(ARGS)
+	$(PY) tools/with_model.py routes results/mini/windows/strlora_prototypes/seed{12,13,14} $(ARGS)
 	$(PY) tools/with_model.py looks results/mini/windows/{strlora,strlora_prototypes}/seed3 $(ARGS)
 	$(PY) tools/keep_features.py
 

@@ -2,6 +2,7 @@
 
     tools/with_model.py interference RUN ...   where its tasks get in each other's way: RUN/interference.csv
     tools/with_model.py held_out RUN ...       its answers to questions in other words: rows of RUN/predictions.parquet
+    tools/with_model.py routes RUN ...         which prototypes such questions go to, if it has some: RUN/held_out_routing.csv
     tools/with_model.py looks RUN ...          how it routes some questions about some pictures: view/METHOD.json beside the streams
     tools/with_model.py model RUN ...          nothing more: says where the model is, for `strlora chat` and the like
 
@@ -18,23 +19,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import reproduce
 from transformers.utils import logging
 
 from strlora import again, checkpoint, interference, report
 from strlora.chat import Speaker
+from strlora.checkpoint import load_adapter_state
 from strlora.core import SpecError, StrLoraError, atomic_file
 from strlora.data.mini.bench import test_set
+from strlora.folder import info_of
+from strlora.job import Job
+from strlora.methods.prototypes import image_vectors
 from strlora.methods.table import METHODS
 from strlora.parallel import Child, settle, work_off
 from strlora.request import asked
-from strlora.runs import Interrupted
-from strlora.spec import as_dict, resolve
+from strlora.runs import Interrupted, spec_in
+from strlora.spec import EXECUTION, as_dict, resolve
 from strlora.toml import to_toml
+from strlora.tuner.state import layers_of
 from strlora.view import kept
 
 AGAIN = Path("scratch", "again")
+ROUTES = "held_out_routing.csv"
 ASKED = (("gqa", 0), ("chart", 3), ("rs", 1), ("fin", 0))   # whose pictures are looked at
 MORE = (("vqa", 1),)                                        # whose question is asked, too
 
@@ -69,6 +77,23 @@ def interfere(model: Path, run: Path) -> None:
     copied(model / "interference.csv", run / "interference.csv")
 
 
+def route(model: Path, run: Path) -> None:
+    "Of each task's questions in other words: the shares that go to a prototype of that task, and to the one of their usual words."
+    info = info_of(model)
+    job = Job(spec_in(model, info))
+    load_adapter_state(job.model, checkpoint.load(model / "checkpoint", info["spec"], EXECUTION)[0], model)
+    router = next(iter(layers_of(job.model)[0].strlora_router.values()))
+    if not hasattr(router, "instructions"):
+        raise SpecError(expected="a run whose router has prototypes", found=info["method"], where=run, remedy="Use strlora_prototypes.")
+    kinds = lambda samples: router.instructions.recognise(job.trainer.instructions(samples), image_vectors(job.trainer, samples)).tolist()
+    usual, other = ({task: kinds(samples) for task, samples in job.stream.tested(split).items()} for split in ("full", "held_out"))
+    counts = pd.Series({(kind, task): found.count(kind) for task, found in usual.items() for kind in set(found)})
+    owner = counts.groupby(level=0).idxmax().map(lambda pair: pair[1])  # of whose questions a prototype has most
+    table = pd.DataFrame([{"task": task, "own": sum(owner.get(kind) == task for kind in found) / len(found),
+                           "same": sum(a == b for a, b in zip(found, usual[task], strict=True)) / len(found)} for task, found in other.items()])
+    with atomic_file(run / ROUTES) as temporary: table.round(4).to_csv(temporary, index=False, lineterminator="\n")
+
+
 def look(model: Path, run: Path) -> None:
     "How `model` routes every question at every picture, in the file for `run`."
     samples = [test_set(task).samples[place] for task, place in ASKED + MORE]
@@ -90,6 +115,7 @@ class Step:
 
 STEPS = {"interference": Step(lambda run: (run / "interference.csv").is_file(), interfere),
          "held_out": Step(lambda run: bool(held_out(run / "predictions.parquet")), ask),
+         "routes": Step(lambda run: (run / ROUTES).is_file(), route),
          "looks": Step(lambda run: viewed(run).is_file(), look),
          "model": Step(lambda run: False, lambda model, run: print(f"{run}: its model is in {model}"))}
 
