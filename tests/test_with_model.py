@@ -87,7 +87,8 @@ def test_another_outcome_is_told_and_one_far_off_copied_nowhere(with_model, run,
 
 def test_where_other_words_go_is_a_table_of_runs_with_prototypes(with_model, run, here, tmp_path, capsys):
     assert with_model.main(["routes", str(run)]) == 2 and "strlora_prototypes" in capsys.readouterr().err
-    other = runs.start(short_spec(make_base(tmp_path/"base"), "method=strlora_prototypes", "test_size=4"), run.parents[1]/"strlora_prototypes/seed0")
+    other = runs.start(short_spec(make_base(tmp_path/"base"), "method=strlora_prototypes", "num_experts=4",
+                                 "shared=2", "test_size=4"), run.parents[1]/"strlora_prototypes/seed0")
     assert with_model.main(["routes", str(other)]) == 0
     table = pd.read_csv(other/with_model.ROUTES)
     assert len(table) == 11 and table[["own", "same"]].stack().between(0, 1).all()
