@@ -214,7 +214,7 @@ def test_lines_are_short(path):
     assert not long, long
 
 
-@pytest.mark.parametrize("path", [p for p in NBS if re.match(r"2\d", p.name)], **ids)
+@pytest.mark.parametrize("path", [p for p in NBS if "_fig_" in p.name], **ids)
 def test_figure_notebook_reads_artefacts_only(path):
     "Figures import reports and plots, nothing that trains."
     allowed = ("strlora.report", "strlora.plots", "pathlib", "IPython", "pandas")

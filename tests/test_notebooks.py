@@ -32,7 +32,7 @@ sys.exit(not passed)
 def run(name: str, slow: bool) -> tuple[int, str]:
     "Run one notebook; its exit status and what it printed."
     command = [sys.executable, "-W", "ignore", "-c", RUN, f"nbs/{name}", *(["slow"] if slow else [])]
-    if name.startswith("2") or name == "index.ipynb": command = [sys.executable, "tools/run_nbs.py", "--same", f"nbs/{name}"]
+    if "_fig_" in name or name == "index.ipynb": command = [sys.executable, "tools/run_nbs.py", "--same", f"nbs/{name}"]
     limit = SLOW_LIMIT if slow else LIMIT
     try:
         done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, PYTHONWARNINGS="ignore"), stdin=subprocess.DEVNULL,
