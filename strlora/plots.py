@@ -31,8 +31,8 @@ from .pushes import between, interferences, likeness, pushes  # noqa: F401
 from .style import composition, look, notebook, save  # noqa: F401
 from .worth import leads, steps, tried, values, worth  # noqa: F401
 
-_all_ = ["apart", "clouds", "course", "ratios", "read_bench", "accuracy_by_task", "accuracy_over_stream", "accuracy_panels", "composition", "look", "notebook",
-         "save", "FATES", "asked", "cards", "chosen", "fates", "against", "distances", "pairs",
+_all_ = ["apart", "clouds", "course", "ratios", "read_bench", "accuracy_by_task", "accuracy_over_stream", "accuracy_panels", "composition",
+         "look", "notebook", "save", "FATES", "asked", "cards", "chosen", "fates", "against", "distances", "pairs",
          "choices", "read", "between", "interferences", "likeness", "pushes", "leads", "steps", "tried", "values", "worth"]
 
 # %% ../nbs/17_plots.ipynb #48471bb1
