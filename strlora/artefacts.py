@@ -271,6 +271,7 @@ def provenance(
                      "scale": r.scale, "status": r.info["status"], "commit": str(r.info.get("commit"))[:12],
                      "torch": r.info.get("versions", {}).get("torch", "?"),
                      "processor": hardware.get("processor", "not recorded").partition(",")[0], "seed": r.seed})
-    table = pd.DataFrame(rows)
-    seeds = table.groupby(list(table.columns[:-1]), sort=False)["seed"].agg(lambda s: ", ".join(map(str, sorted(s))))
-    return seeds.reset_index(name="seeds")
+    head = ["method", "stream", "base", "scale", "status", "commit", "torch", "processor"]
+    table = pd.DataFrame(rows, columns=[*head, "seed"])
+    seeds = table.groupby(head, sort=False)["seed"].agg(lambda s: ", ".join(map(str, sorted(s))))
+    return seeds.rename("seeds").reset_index()
