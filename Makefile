@@ -73,13 +73,16 @@ study-more: $(READY)  ## ablations, more seeds, other streams, words and base, m
 	$(foreach stream,abrupt cyclic uniform,$(COMPARE) strlora_prototypes same ewc lora strlora --seeds 0,1,2,3 --stream $(stream) \
 	    --reference strlora_prototypes $(ARGS)$(newline))
 	$(foreach step,1 2 3 4,$(COMPARE) $(ROUTED) ewc --seeds 0,1,2,3,4 --stream alike$(step) $(ARGS)$(newline))
-	$(COMPARE) strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0,1,2,3,4 --stream long $(ARGS)
-	$(COMPARE) strlora_prototypes same ewc lora --seeds 0,1,2 --stream windows-gemma3 --reference strlora_prototypes $(ARGS)
+	$(COMPARE) strlora strlora_no_reg --seeds 0,1,2,3,4 --stream long $(ARGS)
+	$(COMPARE) strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0 --stream long $(ARGS)
+	$(COMPARE) strlora_prototypes same ewc lora --seeds 0,1,2,3 --stream windows-gemma3 --reference strlora_prototypes $(ARGS)
 	$(ABLATE) strlora share_routers=block --seeds 100,101,102,103,104 $(ARGS)
 	$(foreach setting,sight=-1.0 hold_weight=0.0 lazy=false gate=4.0 shared=8 geometry=none,\
 	    $(ABLATE) strlora_prototypes $(setting) --seeds 102,103,104,105,106 $(ARGS)$(newline))
 	$(ABLATE) strlora_prototypes oracle_task_id=true --seeds 102,103,104 --stream alike4 $(ARGS)
 	$(foreach setting,$(SETTINGS),$(ABLATE) strlora $(setting) --seeds 102,103,104 $(ARGS)$(newline))
+	$(foreach size,2:32:64 8:128:256 16:256:512,$(ABLATE) strlora num_experts=$(word 1,$(subst :, ,$(size))) --also r=$(word 2,$(subst :, ,$(size))) \
+	    --also lora_alpha=$(word 3,$(subst :, ,$(size))) --seeds 102,103,104 $(ARGS)$(newline))
 	$(ABLATE) strlora num_experts=2,8,16 --seeds 102,103,104 --stream few $(ARGS)
 	$(PY) tools/with_model.py interference results/mini/windows/{lora,ewc,moelora,strlora,strlora_prototypes}/seed3 $(ARGS)
 	$(COMPARE) strlora_prototypes same joint --seeds 12,13,14 $(ARGS)

@@ -32,7 +32,7 @@ def planned(
         if not command.endswith("strlora") or words[:1] not in (["compare"], ["ablate"]): continue
         args = parser().parse_args(words)
         name, _, values = getattr(args, "setting", "").partition("=")
-        settings = ["tuned", *(f"{name}={value}" for value in values.split(","))] if name else [""]
+        settings = ["tuned", *(" ".join([f"{name}={value}", *args.also]) for value in values.split(","))] if name else [""]
         methods, seeds = [args.method] if name else args.methods, args.seeds.split(",")
         found |= {(args.stream or "windows", method, seed, setting) for method in methods for seed in seeds for setting in settings}
     return found
