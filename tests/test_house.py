@@ -226,24 +226,28 @@ def test_figure_notebook_reads_artefacts_only(path):
 
 DEFINED = {"95 %": "the level of every interval", "3.11": "the version of Python", "4.0": "a licence", "2.0": "a licence",
            "0.001": "the least p that is shown", "3.46": "log2 of eleven tasks",
-           "1.1": "what a ratio means, by way of example", "1.2": "an aim"}  # numbers that nobody has measured
+           "1.1": "what a ratio means, by way of example", "1.2": "an aim, and a release"}  # numbers that nobody has measured
+SETTLED = DEFINED | {"5 %": "the tolerance of relaxed accuracy", "0.05": "sides of a box", "0.3": "sides of a box",
+                     "3.5": "the version of InternVL", "0.999": "a decay", "0.99": "a decay", "0.8": "a threshold",
+                     "20.98": "million parameters, from a configuration", "3.35": "TB/s, from a data sheet"}  # away from results, too
 
 
-@pytest.mark.parametrize("path", [p for p in NBS if re.match(r"2\d|index", p.name)], **ids)
+@pytest.mark.parametrize("path", NBS, **ids)
 def test_no_measured_number_is_typed(path):
-    "Prose of results holds no decimals and no per cent of its own: what was measured comes out of a cell, and there out of a value."
-    said = [cell["source"] for cell in cells(path, "markdown")]
-    for cell in cells(path):
+    "Prose holds no decimals and no per cent of its own: what was measured comes out of a cell; of results, there out of a value."
+    said, results = [cell["source"] for cell in cells(path, "markdown")], re.match(r"2\d|index", path.name)
+    allowed = DEFINED if results else SETTLED
+    for cell in cells(path) if results else ():
         nodes = list(ast.walk(ast.parse(code(cell["source"]))))
         formats = {id(n) for f in nodes if isinstance(f, ast.FormattedValue) and f.format_spec for n in ast.walk(f.format_spec)}
         literals = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in formats]
         said += [text for text in literals if " " in text]  # whatever is shown in the end; names and paths have no spaces
     for text in said:
         prose = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|arXiv:? ?[\d.]+", "", text, flags=re.DOTALL)
-        found = [n for n in re.findall(r"\b\d+\.\d+\b|\b\d+ ?%", prose) if n not in DEFINED]
+        found = [n for n in re.findall(r"\b\d+\.\d+\b|\b\d+ ?%", prose) if n not in allowed]
         assert not found, f"{found} in {prose[:80]!r}"
         number = r"(?:\d+|two|three|four|(?<!at least )(?<!fewer than )five|six|seven|eight|nine|ten|eleven|twelve)"
-        counted = re.findall(rf"\b{number} (?:\w+ )?seeds\b", prose, re.IGNORECASE)
+        counted = results and re.findall(rf"\b{number} (?:\w+ )?seeds\b", prose, re.IGNORECASE)  # elsewhere they belong to examples
         assert not counted, f"{counted} in {prose[:80]!r}: say how many by counting them"
 
 
