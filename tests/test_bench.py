@@ -60,7 +60,7 @@ def test_growth_tells_of_every_method_that_lasts(capsys, monkeypatch):
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert [row["name"] for row in found["rows"]] == ["lora, time", "lora, state", "strlora, time", "strlora, state"]
-    assert found["rows"][3]["ratio"] == 1 and found["rows"][3]["target"] and "growth of strlora" in err
+    assert found["rows"][3]["ratio"] == 1 and found["rows"][3]["target"] and "growth: strlora" in err
     assert len(found["series"]) == 2 * 20 // growth.EVERY and found["series"][0].keys() == {"method", "chunk", "seconds", "numbers"}
 
 

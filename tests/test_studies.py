@@ -272,7 +272,7 @@ def test_ablate_pairs_values_over_seeds(place):
     rows = [r for r in found["scores"] if r["metric"] == "MAP"]
     assert [r["value"] for r in rows] == ["True", "block"] and rows[0]["difference"] is None and rows[1]["pairs"] == 2
     table = Path("results/mini/ablation/windows/strlora.share_routers.csv").read_text().splitlines()
-    assert [line.split(",")[1:3] for line in table[1:]] == [[f"share_routers={v}", s] for s in ("100", "102") for v in ("True", "block")]
+    assert [line.split(",")[1:3] for line in table[1:]] == [[f"share_routers={v}", s] for v in ("True", "block") for s in ("100", "102")]
     code, out, err = said(*words)
     assert code == 0 and "4 of 4 runs were finished before" in err and json.loads(out) == found
 
