@@ -1,11 +1,12 @@
 """Every notebook is a test: run by nbdev_test's rules, in a process of its own, two at a time.
 
-Cells flagged `#| slow` run with --slow. Pages that show results must say what is stored in them. Time limit: 60 s a notebook
+Cells flagged `#| slow` run with --slow and write to a folder of their own, not to the package and the results. Pages that show results must say what is stored in them. Time limit: 60 s a notebook
 on a quiet machine, here with room for a busy one.
 """
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,13 +34,16 @@ def run(name: str, slow: bool) -> tuple[int, str]:
     "Run one notebook; its exit status and what it printed."
     command = [sys.executable, "-W", "ignore", "-c", RUN, f"nbs/{name}", *(["slow"] if slow else [])]
     if "_fig_" in name or name == "index.ipynb": command = [sys.executable, "tools/run_nbs.py", "--same", f"nbs/{name}"]
+    slow = slow and "#| slow" in (ROOT / "nbs" / name).read_text(encoding="utf-8")
     limit = SLOW_LIMIT if slow else LIMIT
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, PYTHONWARNINGS="ignore"), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
-    except subprocess.TimeoutExpired as late:
-        return 124, f"{late.stdout or ''}\nstopped after {limit} s"
-    return done.returncode, done.stdout
+    with tempfile.TemporaryDirectory() as trial:
+        env = dict(os.environ, PYTHONWARNINGS="ignore", **({"STRLORA_TRIAL": trial} if slow else {}))
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
+        except subprocess.TimeoutExpired as late:
+            return 124, f"{late.stdout or ''}\nstopped after {limit} s"
+        return done.returncode, done.stdout
 
 
 @pytest.fixture(scope="module")
