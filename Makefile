@@ -79,7 +79,7 @@ study-more: $(READY)  ## ablations, more seeds, other streams, words and base, m
 	$(ABLATE) strlora share_routers=block --seeds 100,101,102,103,104 $(ARGS)
 	$(foreach setting,sight=-1.0 hold_weight=0.0 lazy=false gate=4.0 shared=8 geometry=none,\
 	    $(ABLATE) strlora_prototypes $(setting) --seeds 102,103,104,105,106 $(ARGS)$(newline))
-	$(ABLATE) strlora_prototypes oracle_task_id=true --seeds 102,103,104 --stream alike4 $(ARGS)
+	$(foreach stream,windows alike4,$(ABLATE) strlora_prototypes oracle_task_id=true --seeds 102,103,104 --stream $(stream) $(ARGS)$(newline))
 	$(foreach setting,$(SETTINGS),$(ABLATE) strlora $(setting) --seeds 102,103,104 $(ARGS)$(newline))
 	$(foreach size,2:32:64 8:128:256 16:256:512,$(ABLATE) strlora num_experts=$(word 1,$(subst :, ,$(size))) --also r=$(word 2,$(subst :, ,$(size))) \
 	    --also lora_alpha=$(word 3,$(subst :, ,$(size))) --seeds 102,103,104 $(ARGS)$(newline))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'SEEDS', 'table', 'metrics', 'official_ap', 'to_markdown', 'to_html', 'to_text', 'sources_table', 'labels',
            'flat_settings', 'summary', 'summary_json', 'compare', 'Run', 'collect', 'inside_chunks', 'kept', 'load_run',
-           'moved', 'provenance', 'routing_precision', 'seeds_of']
+           'moved', 'provenance', 'routing_precision', 'seeds_of', 't_interval']
 
 # %% ../nbs/16_report.ipynb #b92daed3
 import html
@@ -19,12 +19,12 @@ import pandas as pd
 
 from .artefacts import Run, collect, load_run, provenance, seeds_of  # noqa: F401
 from .core import SpecError, sources, unknown
-from .data.metrics import METRICS, AP_k, bootstrap, holm, interval, measure, paired_t, sign_flip
+from .data.metrics import METRICS, AP_k, bootstrap, holm, interval, measure, paired_t, sign_flip, t_interval  # noqa: F401
 from .data.rules import SETS
 from .kept import kept  # noqa: F401
 from .overlap import inside_chunks, moved, routing_precision  # noqa: F401
 
-_all_ = ["Run", "collect", "inside_chunks", "kept", "load_run", "moved", "provenance", "routing_precision", "seeds_of"]
+_all_ = ["Run", "collect", "inside_chunks", "kept", "load_run", "moved", "provenance", "routing_precision", "seeds_of", "t_interval"]
 
 # %% ../nbs/16_report.ipynb #416c7754
 def table(

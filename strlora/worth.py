@@ -13,11 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from scipy.special import stdtrit
 
 from . import style
 from .core import RecordError
-from .data.metrics import paired_t
+from .data.metrics import paired_t, t_interval
 
 NUMBERS = ("MAP", "MAF", "final AP")
 
@@ -48,9 +47,9 @@ def worth(
         for name in names:
             wide = found.pivot(index="seed", columns="value", values=name)
             d = (wide[value] - wide[first]).dropna()
-            half = stdtrit(len(d) - 1, 0.975) * d.std() / np.sqrt(len(d)) if len(d) > 1 else np.nan
+            low, high = t_interval(d)
             rows.append({"setting": found["setting"].iloc[0], "value": value, "metric": name, "seeds": len(d), "mean": wide[value].mean()}
-                        | ({} if value == first else {"difference": d.mean(), "from": d.mean() - half, "to": d.mean() + half,
+                        | ({} if value == first else {"difference": d.mean(), "from": low, "to": high,
                                                       "p (t)": paired_t(d)[1]}))
     return pd.DataFrame(rows)
 

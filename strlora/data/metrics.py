@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRICT', 'METRICS', 'sample_scores', 'score_matrix', 'composition', 'Definition', 'Grid', 'grid', 'performance',
-           'forgetting', 'measure', 'MAP', 'MAF', 'AP_k', 'AF_k', 'bootstrap', 'interval', 'paired_t', 'sign_flip',
-           'holm']
+           'forgetting', 'measure', 'MAP', 'MAF', 'AP_k', 'AF_k', 'bootstrap', 'interval', 'paired_t', 't_interval',
+           'sign_flip', 'holm']
 
 # %% ../../nbs/10_metrics.ipynb #ed349b2c
 import functools
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 
 from ..core import RecordError, sourced, unknown
 from .rules import highest
@@ -274,10 +274,10 @@ def interval(
     level: float = 0.95,           # share of the distribution inside
     seed: int = 0,                 # of the resampling of seeds
 ) -> tuple[float, float]:          # low, high
-    "Percentile interval over seeds and samples; with one seed it speaks of the samples alone."
+    "Percentile interval over seeds and samples, all seeds asked the same questions; with one seed it speaks of the samples alone."
     drawn, rng = np.stack(seeds), np.random.default_rng(seed)
     n, draws = drawn.shape
-    mean = drawn[rng.integers(n, size=(draws, n)), rng.integers(draws, size=(draws, n))].mean(1)
+    mean = drawn[rng.integers(n, size=(draws, n)), rng.integers(draws, size=(draws, 1))].mean(1)
     low, high = np.quantile(mean, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -291,6 +291,17 @@ def paired_t(
     error = d.std(ddof=1) / np.sqrt(len(d))
     if error == 0: return (0.0, 1.0) if d[0] == 0 else (float(np.copysign(np.inf, d[0])), 0.0)
     return float(d.mean() / error), float(2 * stdtr(len(d) - 1, -abs(d.mean() / error)))
+
+
+def t_interval(
+    values: Sequence[float],  # [n] one a seed, as differences of two methods
+    level: float = 0.95,      # share inside
+) -> tuple[float, float]:     # low, high; not a number below two seeds
+    "Student's interval of a mean: over seeds alone, and wide enough when they are few."
+    d = np.asarray(values, float)
+    if len(d) < 2: return float("nan"), float("nan")
+    half = stdtrit(len(d) - 1, (1 + level) / 2) * d.std(ddof=1) / np.sqrt(len(d))
+    return float(d.mean() - half), float(d.mean() + half)
 
 
 def sign_flip(
