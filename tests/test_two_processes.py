@@ -60,7 +60,8 @@ def test_two_are_one(alone, pair, method):
     assert both[0]["routing"] == both[0]["routing by one"]
     chosen = lambda rows: [(r["layer"], r["task"], r["expert"], r["selected"]) for r in rows]
     assert chosen(found["routing"]) == chosen(both[0]["routing"])
-    assert tensors.keys() == kept[0].keys()
+    assert tensors.keys() == kept[0].keys() and any(n.startswith("steps/") for n in tensors) == (method.partition("+")[0] == "strlora_prototypes")
+    assert all(torch.equal(t, kept[0][n]) for n, t in tensors.items() if n.startswith("steps/")), "each expert has taken as many steps"
     # AdamW divides a gradient by its own size: where it is all but zero, float noise decides the sign of a whole step
     off = {n: float((t.float() - kept[0][n].float()).norm() / t.float().norm().clamp(min=1e-6)) for n, t in tensors.items()}
     assert max(off.values()) < 0.1, {n: o for n, o in off.items() if o >= 0.1}

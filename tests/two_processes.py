@@ -34,6 +34,8 @@ def learned(base: str, method: str, *pairs: str) -> tuple[dict, dict]:
     job.trainer.fit(job.seen, Steps(steps))
     state, tensors = checkpoint.pack({name: part.state_dict() for name, part in job.trainer.parts.items()})
     kept = {f"adapter/{n}": t for n, t in checkpoint.adapter_state(job.model).items()} | {f"state/{n}": t for n, t in tensors.items()}
+    own = getattr(job.trainer.optimizer, "optimizer", job.trainer.optimizer).state.values()  # steps of single experts, where they have some
+    kept |= {f"steps/{i}": moments["step"] for i, moments in enumerate(own) if moments["step"].numel() > 1}
     answers = [{k: row[k] for k in ("sample_id", "prediction")} for row in job.ask("proxy", 2)]
     with counted("routed") as looked: routing = job.route(2)
     whole = evaluation.routing(job.model, job.questions("proxy"), 2) if routing else []
