@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p.name for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
-LIMIT, SLOW_LIMIT = 300, 1800
+LIMIT, SLOW_LIMIT = 300, 3600
 
 RUN = """
 import sys
