@@ -1,7 +1,7 @@
 """Every notebook is a test: run by nbdev_test's rules, in a process of its own, two at a time.
 
-Cells flagged `#| slow` run with --slow and write to a folder of their own, not to the package and the results. Pages that show results must say what is stored in them. Time limit: 60 s a notebook
-on a quiet machine, here with room for a busy one.
+Cells flagged `#| slow` run with --slow and write to a folder of their own, not to the package and the results. Pages that
+show results must say what is stored in them. Time limit: 60 s a notebook on a quiet machine, here with room for a busy one.
 """
 import os
 import subprocess
