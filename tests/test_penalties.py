@@ -12,7 +12,8 @@ from small import make_base, session
 from strlora import checkpoint
 from strlora.core import SpecError
 from strlora.data.stream import Lazy
-from strlora.methods.ewc import Consolidation, EwcSettings, fisher_information, fisher_places
+from strlora.methods.ewc import Consolidation, EwcSettings
+from strlora.methods.fisher import fisher_information, fisher_places
 from strlora.methods.lwf import LwfSettings, distillation, teacher_logits
 from strlora.methods.olora import OLoraSettings, banks, overlap, row_space
 from strlora.methods.replay import Rehearsal, ReplaySettings, priorities, remembered

@@ -10,7 +10,7 @@ from tiny import batch, internvl, stir
 
 import strlora
 from strlora.core import RecordError, SignalError, SpecError
-from strlora.methods.ewc import fisher_information
+from strlora.methods.fisher import fisher_information
 from strlora.backbones.collate import Collator
 from strlora.methods.hold import shared_weights
 from strlora.methods.prototypes import image_vectors

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .base import Part, Training
+from .fisher import fisher_information
 from ..tuner.state import layers_of
 
 # %% auto #0
-__all__ = ['shared_weights', 'flat', 'HoldShared']
+__all__ = ['SHAPES', 'shared_weights', 'flat', 'shaped', 'HoldShared']
 
 # %% ../../nbs/13l_hold.ipynb #5812840f
 def shared_weights(
@@ -33,16 +34,37 @@ def flat(
     return torch.cat([t.flatten().float() for t in tensors])
 
 
+SHAPES = ("steps", "samples", "level")
+
+
+def shaped(
+    run: Training,   # model, samples of the chunk
+    steps: Tensor,   # strengths as the steps of the chunk say [n]
+    shared: int,     # experts at the front of each bank
+    by: str,         # a name in `SHAPES`
+) -> Tensor:         # with the same sum [n]
+    "The strengths as they are, in the proportions that single samples say after the chunk, or all equal."
+    if by == "level": return steps.mean().expand_as(steps).clone()
+    if by == "steps": return steps
+    with torch.enable_grad(): exact = fisher_information(run, range(len(run.samples)))
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    banks = [layer.strlora_experts[a] for layer in layers_of(run.model) for a in layer.active_adapters]
+    found = flat(exact[names[id(p)]][:shared] for bank in banks for p in bank.parameters())
+    return found * (steps.sum() / found.sum().clamp(min=1e-38))
+
+
 class HoldShared(Part):
     "Springs on the shared experts, as strong as the gradients of past training say."
     keeps = "strength, anchor and running strength of every weight of the shared experts"
 
     def __init__(
         self,
-        weight: float,  # μ
-        shared: int,    # experts at the front of each bank
+        weight: float,      # μ
+        shared: int,        # experts at the front of each bank
+        by: str = "steps",  # which weights are held how firmly: a name in `SHAPES`
+        decay: float = 1.0, # share of the strengths that a chunk leaves of those before
     ):
-        self.weight, self.shared = weight, shared
+        self.weight, self.shared, self.by, self.decay = weight, shared, by, decay
         self.fisher: Tensor | None = None   # of the chunks before [n]
         self.anchor: Tensor | None = None   # where the last one ended [n]
         self.new: Tensor | None = None      # of the chunk in progress, summed over its steps [n]
@@ -74,8 +96,8 @@ class HoldShared(Part):
     @torch.no_grad()
     def chunk_end(self, run: Training) -> None:
         if run.chunk <= self.chunk or self.new is None: return
-        found = self.new / self.steps
-        self.fisher = found if self.fisher is None else self.fisher + found
+        found = shaped(run, self.new / self.steps, self.shared, self.by)
+        self.fisher = found if self.fisher is None else self.decay * self.fisher + found
         self.anchor = flat(shared_weights(run.model, self.shared))
         self.new, self.steps, self.chunk = None, 0, run.chunk
 

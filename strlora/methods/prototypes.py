@@ -24,6 +24,9 @@ class PrototypeSettings(AdapterSettings):
                           "weight of a prototype's experts; that of shared ones is 1")
     hold_weight: float = sourced(30.0, "ours: a first guess, the search tries 10 and 100",
                                  "strength with which the shared experts are held")
+    hold_by: Literal["steps", "samples", "level"] = sourced("steps", "ours: needs no pass of its own",
+                                                            "what says how firmly each weight is held; level: all alike")
+    hold_decay: float = sourced(1.0, "ours: what has vanished may come back", "share of strengths that a chunk leaves of those before")
     geometry: Literal["whiten", "centre", "none"] = sourced("whiten", "ours: little matter here; for tables with a common direction",
                                                             "coordinates in which texts and pictures are compared")
     threshold: float = sourced(0.7, "ours: one or two prototypes a task of the mini benchmark",
@@ -38,6 +41,7 @@ class PrototypeSettings(AdapterSettings):
         for name in ("top_k", "prototypes"): check_number(self, name, 1)
         for name in ("shared", "gate", "hold_weight"): check_number(self, name, 0)
         for name in ("threshold", "sight"): check_number(self, name, -1, 1)
+        check_number(self, "hold_decay", 0, 1)
         if self.shared + self.top_k > self.num_experts:
             raise SpecError(expected=f"at most num_experts = {self.num_experts} experts of a sample", found=self.shared + self.top_k,
                             where="settings: shared + top_k", remedy="Lower one of them or raise num_experts.")
@@ -105,7 +109,8 @@ class Prototypes(Part):
 # %% ../../nbs/13m_prototypes.ipynb #736d50a8
 def _hold(settings: PrototypeSettings) -> Part | None:
     from strlora.methods.hold import HoldShared
-    return HoldShared(settings.hold_weight, settings.shared) if settings.hold_weight and settings.shared else None
+    if not settings.hold_weight or not settings.shared: return None
+    return HoldShared(settings.hold_weight, settings.shared, settings.hold_by, settings.hold_decay)
 
 
 PROTOTYPES = Method("strlora_prototypes",

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..core import sourced
-from .base import AdapterSettings, Method, Part, Training
+from ..core import SpecError, sourced
+from .base import AdapterSettings, Method, Part, Training, check_number
 
 # %% ../../nbs/13c_strlora.ipynb #f800e82b
 Stage1 = Literal["prior", "straight_through", "frozen"]
@@ -40,6 +40,16 @@ class StrLoraSettings(AdapterSettings):
     ema_decay: float = sourced(0.999, "official code's default", "the slow router keeps this share at each step")
     kl_from_chunk: int = sourced(1, "ours: active over the whole stream", "first chunk with the penalty")
     freeze_from_chunk: int = sourced(0, "ours: never", "first chunk with a frozen router; 0: none")
+    freeze_experts_from_chunk: int = sourced(0, "ours: never", "first chunk with frozen experts; 0: none")
+    lazy: bool = sourced(False, "ours: AdamW, as official", "experts without a sample in a step take none")
+    kind_weight: float = sourced(0.0, "ours: no such penalty in the paper", "weight of a penalty for each kind of instruction")
+    oracle_task_id: bool = sourced(False, "ours: the learner sees no task", "true tasks while training decide selection")
+
+    def __post_init__(self) -> None:
+        for name in ("freeze_experts_from_chunk", "kind_weight"): check_number(self, name, 0)
+        if self.oracle_task_id and (not self.top_k or self.kind_weight):
+            raise SpecError(expected="top_k, and no kind_weight", found=f"top_k = {self.top_k}, kind_weight = {self.kind_weight}",
+                            where="settings: oracle_task_id", remedy="Tasks get top_k experts each, and a told stage 1 is not trained.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +66,15 @@ class ReleasedSettings(StrLoraSettings):
     freeze_from_chunk: int = sourced(5, "official scripts for InternVL", "first chunk with a frozen router; 0: none")
 
 # %% ../../nbs/13c_strlora.ipynb #657f0f7d
-SCHEDULE = ("kl_from_chunk", "freeze_from_chunk")
+SCHEDULE = ("kl_from_chunk", "freeze_from_chunk", "freeze_experts_from_chunk", "lazy", "kind_weight", "oracle_task_id")
 
 
 def mathematics(
     settings: StrLoraSettings,  # of the run
 ) -> dict[str, Any]:            # what belongs to the adapter
-    "The settings without those that say what happens in which chunk."
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in SCHEDULE}
+    "The settings without those that say what happens in training; stage 1 does not learn where it is told."
+    told = {"stage1": "frozen"} if settings.oracle_task_id else {}
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in SCHEDULE} | told
 
 
 def strlora_adapter(
@@ -144,20 +155,27 @@ class FreezeRouters(Part):
 
 # %% ../../nbs/13c_strlora.ipynb #fe22258e
 def _penalty(settings: StrLoraSettings) -> Part | None:
-    return RoutingStability(settings.kl_weight, settings.kl_from_chunk) if settings.kl_weight else None
+    from strlora.methods.suspects import SteadyKinds, together
+    return together(kl=RoutingStability(settings.kl_weight, settings.kl_from_chunk) if settings.kl_weight else None,
+                    kinds=SteadyKinds(settings.kind_weight) if settings.kind_weight else None)
 
 
-def _freeze(settings: StrLoraSettings) -> Part | None:
-    return FreezeRouters(settings.freeze_from_chunk) if settings.freeze_from_chunk else None
+def _update(settings: StrLoraSettings) -> Part | None:
+    from strlora.methods.lazy import LazySteps
+    from strlora.methods.suspects import FreezeExperts, Told, together
+    return together(told=Told(settings.num_experts, settings.top_k or 1) if settings.oracle_task_id else None,
+                    routers=FreezeRouters(settings.freeze_from_chunk) if settings.freeze_from_chunk else None,
+                    experts=FreezeExperts(settings.freeze_experts_from_chunk) if settings.freeze_experts_from_chunk else None,
+                    lazy=LazySteps() if settings.lazy else None)
 
 
 KNOBS = {"settings.kl_weight": (0.03, 0.3), "settings.ema_decay": (0.99,)}
 STRLORA = Method("strlora", "routed experts: select by instruction, weigh by token, keep routing stable",
                  StrLoraSettings,
-                 adapter=strlora_adapter, penalty=_penalty, update=_freeze, weights=("settings.kl_weight",), knobs=KNOBS)
+                 adapter=strlora_adapter, penalty=_penalty, update=_update, weights=("settings.kl_weight",), knobs=KNOBS)
 RELEASED = Method("strlora_released", "StrLoRA with the mathematics and schedule of the official code",
                   ReleasedSettings,
-                  adapter=released_adapter, penalty=_penalty, update=_freeze, weights=("settings.kl_weight",),
+                  adapter=released_adapter, penalty=_penalty, update=_update, weights=("settings.kl_weight",),
                   neighbour="strlora")
 
 # %% ../../nbs/13c_strlora.ipynb #8d090284
@@ -186,7 +204,7 @@ class FrozenSettings(StrLoraSettings):
     stage1: Stage1 = sourced("frozen", "ours: the ablation", "how stage 1 is trained")
 
 # %% ../../nbs/13c_strlora.ipynb #bd7a0e04
-ABLATIONS = tuple(Method(f"strlora_{name}", summary, settings, adapter=strlora_adapter, penalty=_penalty, update=_freeze,
+ABLATIONS = tuple(Method(f"strlora_{name}", summary, settings, adapter=strlora_adapter, penalty=_penalty, update=_update,
                          weights=("settings.kl_weight",), follows="strlora", neighbour="strlora")
                   for name, summary, settings in (
     ("select", "StrLoRA without stage 2: experts by instruction only", SelectSettings),
