@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from .base import Training, evaluating, trained
 
@@ -30,6 +29,8 @@ def fisher_information(
     places: Sequence[int],  # samples to look at
 ) -> dict[str, Any]:        # name → squared gradients, float32, as the parameter
     "Mean over samples of the squared gradient of each; one sample at a time, shared among the processes."
+    import torch
+
     from strlora.sharing import idle_passes
     rank, processes, parameters = run.accelerator.process_index, run.accelerator.num_processes, trained(run.model)
     share = places[rank::processes]
