@@ -19,7 +19,8 @@ import pandas as pd
 
 from .artefacts import Run, collect, load_run, provenance, seeds_of  # noqa: F401
 from .core import SpecError, sources, unknown
-from .data.metrics import METRICS, AP_k, bootstrap, holm, interval, measure, paired_t, sign_flip, t_interval  # noqa: F401
+from .data.intervals import bootstrap, holm, interval, paired_t, sign_flip, t_interval  # noqa: F401
+from .data.metrics import METRICS, AP_k, measure  # noqa: F401
 from .data.rules import SETS
 from .kept import kept  # noqa: F401
 from .overlap import inside_chunks, moved, routing_precision  # noqa: F401

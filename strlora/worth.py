@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from . import style
 from .core import RecordError
-from .data.metrics import paired_t, t_interval
+from .data.intervals import paired_t, t_interval
 
 NUMBERS = ("MAP", "MAF", "final AP")
 

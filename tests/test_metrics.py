@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from strlora.core import RecordError, SpecError
-from strlora.data.metrics import (AF_k, AP_k, Definition, MAF, MAP, METRICS, STRICT, bootstrap, composition, grid, holm, interval, measure,
-                                  paired_t, sample_scores, score_matrix, sign_flip)
+from strlora.data.intervals import bootstrap, holm, interval, paired_t, sign_flip
+from strlora.data.metrics import (AF_k, AP_k, Definition, MAF, MAP, METRICS, STRICT, composition, grid, measure, sample_scores,
+                                  score_matrix)
 
 nan = float("nan")
 
