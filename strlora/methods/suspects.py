@@ -93,8 +93,9 @@ class SteadyKinds(Part):
         self.here = torch.zeros(self.most, dtype=torch.bool, device=run.accelerator.device)
         if not self.loaded: return
         self.kinds.load_state_dict(self.loaded["kinds"])
-        self.sums, self.here = self.loaded["sums"].to(self.sums), self.loaded["here"].to(self.here)
-        self.said = {name: said.to(self.sums) for name, said in self.loaded["said"].items()}
+        self.sums.copy_(self.loaded["sums"])
+        self.here.copy_(self.loaded["here"])
+        self.said = {name: said.to(self.sums.device) for name, said in self.loaded["said"].items()}
 
     def chunk_start(self, run: Training) -> None:
         vectors = run.instructions(run.samples)
@@ -109,11 +110,11 @@ class SteadyKinds(Part):
 
     def loss(self, run: Training, batch: Mapping[str, Any], out: Any) -> dict[str, Any]:
         if not self.said: return {}
-        routers = stage1_of(run.model)
         terms = []
-        for name, said in self.said.items():
-            known = said.isfinite().all(-1)
-            terms.append((said[known].exp() * (said[known] - self.says(routers[name])[known])).sum(-1).mean())
+        for name, router in stage1_of(run.model).items():  # in the order of the model, also after a resume
+            known = self.said[name].isfinite().all(-1)
+            said, says = self.said[name][known], self.says(router)[known]
+            terms.append((said.exp() * (said - says)).sum(-1).mean())
         return {"kinds": self.weight * sum(terms) / len(terms)}
 
     def chunk_end(self, run: Training) -> None:
