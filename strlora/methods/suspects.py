@@ -82,6 +82,7 @@ class SteadyKinds(Part):
         self.kinds: Any = None             # clusters of instructions
         self.sums: Any = None              # of raw vectors [K, d]
         self.here: Any = None              # whether a kind is asked in this chunk [K]
+        self.met: Any = None               # whether it was, in one before [K]
         self.said: dict[str, Any] = {}     # router → log-probabilities [K, e]
         self.loaded: dict[str, Any] = {}   # what a resumed run left
 
@@ -90,11 +91,10 @@ class SteadyKinds(Part):
         self.kinds = PseudoTasks(table.shape[1], self.most).to(run.accelerator.device)
         self.kinds.centre_on(table.mean(0))
         self.sums = torch.zeros(self.most, table.shape[1], device=run.accelerator.device)
-        self.here = torch.zeros(self.most, dtype=torch.bool, device=run.accelerator.device)
+        self.here, self.met = torch.zeros(2, self.most, dtype=torch.bool, device=run.accelerator.device)
         if not self.loaded: return
         self.kinds.load_state_dict(self.loaded["kinds"])
-        self.sums.copy_(self.loaded["sums"])
-        self.here.copy_(self.loaded["here"])
+        for name in ("sums", "here", "met"): getattr(self, name).copy_(self.loaded[name])
         self.said = {name: said.to(self.sums.device) for name, said in self.loaded["said"].items()}
 
     def chunk_start(self, run: Training) -> None:
@@ -112,20 +112,19 @@ class SteadyKinds(Part):
         if not self.said: return {}
         terms = []
         for name, router in stage1_of(run.model).items():  # in the order of the model, also after a resume
-            known = self.said[name].isfinite().all(-1)
-            said, says = self.said[name][known], self.says(router)[known]
+            said, says = self.said[name][self.met], self.says(router)[self.met]
             terms.append((said.exp() * (said - says)).sum(-1).mean())
         return {"kinds": self.weight * sum(terms) / len(terms)}
 
     def chunk_end(self, run: Training) -> None:
         for name, router in stage1_of(run.model).items():
             now = self.says(router).detach()
-            before = self.said.get(name, torch.full_like(now, torch.nan))
-            self.said[name] = torch.where(self.here[:, None], now, before)
+            self.said[name] = torch.where(self.here[:, None], now, self.said.get(name, torch.zeros_like(now)))
+        self.met = self.met | self.here
 
     def state_dict(self) -> dict[str, Any]:
         if self.kinds is None: return dict(self.loaded)
-        return {"kinds": dict(self.kinds.state_dict()), "sums": self.sums, "here": self.here, "said": self.said}
+        return {"kinds": dict(self.kinds.state_dict()), "sums": self.sums, "here": self.here, "met": self.met, "said": self.said}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: self.loaded = dict(state)
 
