@@ -23,7 +23,7 @@ from .data.intervals import bootstrap, holm, interval, paired_t, sign_flip, t_in
 from .data.metrics import METRICS, AP_k, measure  # noqa: F401
 from .data.rules import SETS
 from .kept import kept  # noqa: F401
-from .overlap import inside_chunks, moved, routing_precision  # noqa: F401
+from .overlap import inside_chunks, moved, routing_precision, within_tasks  # noqa: F401
 
 _all_ = ["Run", "collect", "inside_chunks", "kept", "load_run", "moved", "provenance", "routing_precision", "seeds_of", "t_interval"]
 
