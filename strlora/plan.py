@@ -57,8 +57,10 @@ def state_bytes(
     spec: RunSpec,  # method and settings
 ) -> int:           # at most
     "What the parts of a method keep in the memory of a GPU."
-    trained, experts = s.sum("trained"), s.sum("trained", "experts")
-    kept = {"ewc": lambda: 2 * 4 * trained,
+    trained, experts, d = s.sum("trained"), s.sum("trained", "experts"), s.shape.hidden
+    told = lambda: 4 * d * ((d + spec.settings.num_experts) * spec.settings.oracle_task_id + 2 * 64 * (spec.settings.kind_weight > 0))
+    kept = {"strlora": told, "strlora_released": told,
+            "ewc": lambda: 2 * 4 * trained,
             "lwf": lambda: s.sum("trained_size"),
             "olora": lambda: 4 * (experts + s.shape.downs),
             "same": lambda: 4 * (s.sum("trained", "experts", "routers") + spec.settings.eigenpairs * s.shape.sources),
@@ -73,7 +75,7 @@ def at_chunk_end(
     setup: Setup,   # tokens of a sample
 ) -> int:           # bytes
     "What the end of a chunk needs beside what is always there."
-    if spec.method != "ewc": return 0
+    if spec.method != "ewc" and getattr(spec.settings, "hold_by", "") != "samples": return 0
     return 3 * 4 * s.sum("trained") + activations(s, setup.tokens, False, False)
 
 # %% ../nbs/14f_plan.ipynb #83ac82c7

@@ -44,10 +44,11 @@ def held(value, found):
     return found
 
 
-@pytest.mark.parametrize("method, least", [("ewc", 1.0), ("lwf", 1.0), ("olora", 0.5), ("same", 0.2), ("branchlora", 0.05), ("strlora_prototypes", 0.9), ("lora", 1.0), ("moelora", 1.0)])
+@pytest.mark.parametrize("method, least", [("ewc", 1.0), ("lwf", 1.0), ("olora", 0.5), ("same", 0.2), ("branchlora", 0.05), ("strlora_prototypes", 0.9), ("lora", 1.0), ("moelora", 1.0), ("strlora", 0.7)])
 def test_what_a_method_keeps_is_what_the_plan_says(base, method, least):
     "At the fullest moment of two short chunks; for some methods the plan is an upper bound."
-    more = {"ewc": ["fisher_samples=2"], "strlora_prototypes": ["r=32"], "olora": ["num_experts=4"]}
+    more = {"ewc": ["fisher_samples=2"], "strlora_prototypes": ["r=32"], "olora": ["num_experts=4"],
+            "strlora": ["oracle_task_id=true", "num_experts=32", "r=32"]}
     pairs = [f"method={method}", "stream.chunks=2", "chunk_size=4", *more.get(method, [])]
     job = session(base, *pairs)
     own = {p.untyped_storage().data_ptr() for p in (*job.model.parameters(), *job.model.buffers())}

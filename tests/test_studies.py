@@ -307,6 +307,17 @@ def test_an_ablation_keeps_what_it_has_tried(place, tmp_path):
         with pytest.raises(SpecError, match=word): ablate.arms("lora", pair, "windows", [100], None)
 
 
+def test_runs_older_than_the_setting_are_the_value_in_use(monkeypatch):
+    from strlora import ablate, report
+    found = ablate.arms("strlora", "lazy=true", "windows", [102], None)
+    old = report.load_run(Path(__file__).parents[1]/"results/mini/windows/strlora/seed3")
+    assert "lazy" not in old.info["spec"]["settings"], "made before the setting was there"
+    monkeypatch.setattr(ablate, "load_run", lambda folder: old)
+    for run in (run for runs in found.values() for run in runs): run.state = "finished"
+    frame = ablate.result(found)
+    assert list(dict.fromkeys(frame["value"])) == ["False", "True"] and (frame.dropna(subset="difference")["difference"] == 0).all()
+
+
 def test_settings_can_be_ablated_together_and_errors_name_what_was_asked():
     from strlora import ablate
     found = ablate.arms("strlora_prototypes", "sight=0.25", "windows", [100], None, also=["threshold=0.6"])
