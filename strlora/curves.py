@@ -6,7 +6,7 @@
 __all__ = ['curves', 'task_curves', 'line', 'accuracy_over_stream', 'accuracy_panels', 'accuracy_by_task']
 
 # %% ../nbs/16b_curves.ipynb #f235adb0
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -74,8 +74,9 @@ def accuracy_over_stream(
         axes.grid(axis="y")
         if len(runs) == 1: _task_lines(axes, runs[0], split)
         ends = [line(axes, method, curves(group, split), K, 2.3) for method, group in groups.items()]
+        uneven = _uneven(groups)
         for y, (method, group) in zip(style.spread(ends, 12), groups.items(), strict=True):
-            axes.annotate(_end_label(method, group, split), (K + 0.25, y), (6, 0), textcoords="offset points", va="center",
+            axes.annotate(_end_label(method, group, split, uneven), (K + 0.25, y), (6, 0), textcoords="offset points", va="center",
                           color=look(method)[1], fontsize=8, annotation_clip=False)
         axes.set(ylim=(0, 100), xlim=(first - 0.6, K + 0.6), ylabel="mean score of the tasks seen\n(points of 100)",
                  title="Accuracy over the stream")
@@ -95,12 +96,17 @@ def _task_lines(axes: Axes, run: Run, split: str) -> None:
         axes.plot(scores.loc[start:, task], color=look(run.method)[1], alpha=0.28, linewidth=0.9, zorder=1, gid=f"task:{task}")
 
 
-def _end_label(method: str, group: Sequence[Run], split: str) -> str:
-    "Name, MAP and MAF."
+def _uneven(groups: Mapping[str, Sequence[Run]]) -> bool:
+    "Whether methods differ in the number of seeds."
+    return len({len(group) for group in groups.values()}) > 1
+
+
+def _end_label(method: str, group: Sequence[Run], split: str, count: bool) -> str:
+    "Name, MAP and MAF; the number of seeds where it is not the same for all."
     values = pd.DataFrame([measure(r.scores(split), r.counts, r.definition(split)) for r in group]).mean()
     names = ("final AP",) if np.isnan(values["MAF"]) else ("MAP", "MAF")
     numbers = [f"{name} {round(values[name], 1) + 0.0:.1f}" for name in names]  # never -0.0
-    return "\n".join([look(method)[0], " · ".join(numbers)]).strip()
+    return "\n".join([look(method)[0] + (f" ({len(group)} seeds)" if count else ""), " · ".join(numbers)]).strip()
 
 
 def _note(runs: Sequence[Run], whose: str, split: str) -> str:
@@ -129,7 +135,7 @@ def accuracy_panels(
             for other in values.values():
                 if len(other) > 1: axes.plot(other.index, other.mean(axis=1), color=style.RULE, linewidth=0.8, zorder=0)
             line(axes, method, values[method], K)
-            axes.set_title(_end_label(method, group, split), fontsize=7.5, color=look(method)[1])
+            axes.set_title(_end_label(method, group, split, _uneven(groups)), fontsize=7.5, color=look(method)[1])
             axes.grid(axis="y")
             axes.set(ylim=(0, 100), xlim=(0.4, K + 0.6))
             style.chunk_ticks(axes, K, 1)
