@@ -16,7 +16,10 @@ COMPARED := strlora_prototypes strlora strlora_released lora ewc lwf replay olor
 ABLATED  := strlora_select strlora_weigh strlora_no_reg strlora_frozen
 ROUTED   := strlora_prototypes strlora strlora_released moelora smolora same branchlora
 # settings of strlora and the values that are tried beside the tuned one, on seeds that no search has used
-SETTINGS := num_experts=2,8,16 top_k=3,4 r=16,32,128 ema_decay=0.9,0.999 kl_weight=0.0,0.03,0.3,1.0 sub_top_k=1
+SETTINGS := num_experts=2,8,16,32 top_k=3,4 r=16,32,128 ema_decay=0.9,0.999 kl_weight=0.0,0.03,0.3,1.0 sub_top_k=1
+# of strlora what may cause forgetting, switched off; of strlora_prototypes other strengths of its springs
+SWITCHES := lazy=true freeze_experts_from_chunk=6 freeze_from_chunk=6 kind_weight=0.1,1.0
+SPRINGS  := hold_by=level,samples hold_decay=0.8
 COMPARE  := $(VENV)/bin/strlora compare
 ABLATE   := $(VENV)/bin/strlora ablate
 define newline
@@ -84,6 +87,13 @@ study-more: $(READY)  ## ablations, more seeds, other streams, words and base, m
 	$(foreach size,2:32:64 8:128:256 16:256:512,$(ABLATE) strlora num_experts=$(word 1,$(subst :, ,$(size))) --also r=$(word 2,$(subst :, ,$(size))) \
 	    --also lora_alpha=$(word 3,$(subst :, ,$(size))) --seeds 102,103,104 $(ARGS)$(newline))
 	$(ABLATE) strlora num_experts=2,8,16 --seeds 102,103,104 --stream few $(ARGS)
+	$(foreach setting,$(SWITCHES),$(ABLATE) strlora $(setting) --seeds 102,103,104 $(ARGS)$(newline))
+	$(ABLATE) strlora num_experts=32 --also stage1=frozen --seeds 102,103,104 $(ARGS)
+	$(ABLATE) strlora num_experts=32 --also oracle_task_id=true --seeds 102,103,104 $(ARGS)
+	$(ABLATE) strlora num_experts=32 --also oracle_task_id=true --also lazy=true --seeds 102,103,104 $(ARGS)
+	$(ABLATE) strlora num_experts=32 --also r=512 --also lora_alpha=1024 --also oracle_task_id=true --seeds 102,103,104 $(ARGS)
+	$(foreach setting,$(SPRINGS),$(ABLATE) strlora_prototypes $(setting) --seeds 102,103,104 $(ARGS)$(newline))
+	$(ABLATE) strlora_prototypes threshold=-1.0 --also sight=-1.0 --seeds 102,103,104,105,106 $(ARGS)
 	$(PY) tools/with_model.py interference results/mini/windows/{lora,ewc,moelora,strlora,strlora_prototypes}/seed3 $(ARGS)
 	$(COMPARE) strlora_prototypes same joint --seeds 12,13,14 $(ARGS)
 	$(PY) tools/with_model.py held_out results/mini/windows/{strlora_prototypes,same,joint}/seed{12,13,14} $(ARGS)

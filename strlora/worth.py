@@ -68,7 +68,8 @@ def values(
 ) -> list[Axes]:                         # row by row
     "What single settings are worth: seeds as thin lines, their mean, the value in use ringed."
     with style.styled(small=True):
-        figure, grid = plt.subplots(len(names), len(tables), figsize=(1.0 + 1.55 * len(tables), 0.7 + 1.65 * len(names)),
+        room = [max(1.55, 0.085 * sum(len(value) + 1 for value in set(found["value"]))) for found in tables.values()]  # inches
+        figure, grid = plt.subplots(len(names), len(tables), figsize=(1.0 + sum(room), 0.7 + 1.65 * len(names)), width_ratios=room,
                                     sharex="col", sharey="row", layout="constrained", squeeze=False)
         for (title, found), column in zip(tables.items(), grid.T, strict=True):
             order = _in_order(found["value"])

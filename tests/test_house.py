@@ -232,6 +232,12 @@ SETTLED = DEFINED | {"5 %": "the tolerance of relaxed accuracy", "0.05": "sides 
                      "20.98": "million parameters, from a configuration", "3.35": "TB/s, from a data sheet"}  # away from results, too
 
 
+@pytest.mark.parametrize("path", [p for p in NBS if re.match(r"2\d|index", p.name)], **ids)
+def test_pictures_of_results_say_in_words_what_they_show(path):
+    drawn = [cell for cell in cells(path) if any(kind.startswith("image/") for out in cell["outputs"] for kind in out.get("data", ()))]
+    assert not [cell["source"][:80] for cell in drawn if "#| fig-alt: " not in cell["source"]]
+
+
 @pytest.mark.parametrize("path", NBS, **ids)
 def test_no_measured_number_is_typed(path):
     "Prose holds no decimals and no per cent of its own: what was measured comes out of a cell; of results, there out of a value."
