@@ -375,6 +375,11 @@ def test_no_machine_path_in_the_repository():
             assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
+def test_links_of_the_readme_lead_to_files():
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", read(ROOT / "README.md")) if not link.startswith("http")]
+    assert len(links) > 20 and not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_documented_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.M))
     for name in ("README.md", "CONTRIBUTING.md"):

@@ -136,6 +136,7 @@ def page(path: Path, notebook: dict, index: dict[str, str]) -> dict:
         kept = [line for line in kept if not re.search(r"#\|\s*hide_line\s*$", line)]
         if "hide_input" in words: kept = ["#| echo: false"] + [k for k in kept if "hide_input" not in k]
         if "hide_output" in words: cell = dict(cell, outputs=[])
+        cell = dict(cell, outputs=[linked(out) for out in cell.get("outputs", ())])
         kept = [k for k in kept if "hide_output" not in k and not re.match(r"\s*%%?\w", k)]
         if FIGURE.match(path.name): kept = ["#| code-fold: true", *kept]                # as Quarto has it, and smalldocs
         if exported and (names := [n for n in definitions(source) if not n.startswith("_")]):
@@ -153,6 +154,13 @@ def rename_links(markdown: str) -> str:
         target, anchor = match.group(1), match.group(2) or ""
         return f"]({page_name(Path(target))}.html{anchor})"
     return re.sub(r"\]\((?:\./)?([\w.-]+)\.(?:ipynb|html)(#[^)\s]*)?\)", rename, markdown)
+
+
+def linked(output: dict) -> dict:
+    "A stored output; links to notebooks in its Markdown lead to pages."
+    shown = output.get("data", {}).get("text/markdown")
+    if shown is None: return output
+    return dict(output, data={**output["data"], "text/markdown": rename_links(shown if isinstance(shown, str) else "".join(shown))})
 
 
 def process() -> int:

@@ -27,8 +27,14 @@ def output(out: dict, name: str, alt: str, files: dict[str, bytes]) -> str:
             path = f"{PICTURES}/{name}.{ending}"
             files[path] = data[kind].encode() if ending == "svg" else base64.b64decode(data[kind])
             return f"![{alt}]({path})"
-    if "text/markdown" in data: return data["text/markdown"].strip()
+    if "text/markdown" in data: return from_root(data["text/markdown"].strip())
     return indent(data.get("text/plain", ""))
+
+
+def from_root(words: str) -> str:
+    "Links as they lead from the root of the repository."
+    words = re.sub(r"\]\((contributing|changelog)\.md([#)])", lambda m: f"]({m.group(1).upper()}.md{m.group(2)}", words)
+    return re.sub(r"\]\(([\w.-]+\.ipynb|glossary\.md)([#)])", r"](nbs/\1\2", words)
 
 
 def indent(words: str) -> str:
@@ -45,8 +51,7 @@ def render(source: Path = SOURCE) -> dict[str, bytes]:
         code = text(cell)
         words = directives(code)
         if cell["cell_type"] == "markdown":
-            code = re.sub(r"\]\((contributing|changelog)\.md([#)])", lambda m: f"]({m.group(1).upper()}.md{m.group(2)}", code)
-            parts.append(re.sub(r"\]\(([\w.-]+\.ipynb)([#)])", r"](nbs/\1\2", code))
+            parts.append(from_root(code))
         if cell["cell_type"] != "code" or words & {"hide", "default_exp"}: continue
         options = dict(re.findall(r"^#\|\s*([\w-]+):\s*(.+)$", code, re.M))
         body = "\n".join(line for line in code.split("\n") if not line.startswith("#|")).strip("\n")
