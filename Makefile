@@ -92,6 +92,8 @@ study-more: $(READY)  ## ablations, more seeds, other streams, words and base, m
 	$(ABLATE) strlora num_experts=32 --also oracle_task_id=true --seeds 102,103,104 $(ARGS)
 	$(ABLATE) strlora num_experts=32 --also oracle_task_id=true --also lazy=true --seeds 102,103,104 $(ARGS)
 	$(ABLATE) strlora num_experts=32 --also r=512 --also lora_alpha=1024 --also oracle_task_id=true --seeds 102,103,104 $(ARGS)
+	$(ABLATE) strlora num_experts=32 --also r=512 --also lora_alpha=1024 --seeds 102,103,104 $(ARGS)
+	$(ABLATE) strlora num_experts=32 --also r=512 --also lora_alpha=1024 --also stage1=frozen --seeds 102,103,104 $(ARGS)
 	$(foreach setting,$(SPRINGS),$(ABLATE) strlora_prototypes $(setting) --seeds 102,103,104 $(ARGS)$(newline))
 	$(ABLATE) strlora_prototypes threshold=-1.0 --also sight=-1.0 --seeds 102,103,104,105,106 $(ARGS)
 	$(PY) tools/with_model.py interference results/mini/windows/{lora,ewc,moelora,strlora,strlora_prototypes}/seed3 $(ARGS)

@@ -58,14 +58,14 @@ def state_bytes(
 ) -> int:           # at most
     "What the parts of a method keep in the memory of a GPU."
     trained, experts, d = s.sum("trained"), s.sum("trained", "experts"), s.shape.hidden
-    told = lambda: 4 * d * ((d + spec.settings.num_experts) * spec.settings.oracle_task_id + 2 * 64 * (spec.settings.kind_weight > 0))
-    kept = {"strlora": told, "strlora_released": told,
-            "ewc": lambda: 2 * 4 * trained,
+    switched = lambda: 4 * d * ((d + spec.settings.num_experts) * spec.settings.oracle_task_id + 2 * 64 * (spec.settings.kind_weight > 0))
+    kept = {"ewc": lambda: 2 * 4 * trained,
             "lwf": lambda: s.sum("trained_size"),
             "olora": lambda: 4 * (experts + s.shape.downs),
             "same": lambda: 4 * (s.sum("trained", "experts", "routers") + spec.settings.eigenpairs * s.shape.sources),
             "branchlora": lambda: 4 * s.sum("trained", "experts", "routers"),
             "strlora_prototypes": lambda: 3 * 4 * s.sum("trained", "experts") * spec.settings.shared // spec.settings.num_experts}
+    if hasattr(spec.settings, "kind_weight"): return switched()  # StrLoRA, its ablations
     return kept[spec.method]() if spec.method in kept else 0
 
 

@@ -1,4 +1,6 @@
 "Switches of StrLoRA that take one suspect away: what each leaves alone, what it refuses, and that a crash is nothing to it."
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small import check_resumed, make_base, session, short_spec
@@ -6,8 +8,9 @@ from small import check_resumed, make_base, session, short_spec
 from strlora.core import SpecError
 from strlora.methods.prototypes import PrototypeSettings
 from strlora.methods.strlora import StrLoraSettings
-from strlora.methods.suspects import FreezeExperts, SteadyKinds, Together, read_by, stage1_of, together
+from strlora.methods.suspects import FreezeExperts, SteadyKinds, Together, Told, read_by, stage1_of, together
 from strlora.methods.base import Part
+from strlora.objective import with_features
 from strlora.trainer import Watcher
 
 METHOD = ("method=strlora", "r=32", "num_experts=32", "stream.chunks=4", "chunk_size=24", "lr=1e-2", "lr_later=1e-2")
@@ -49,6 +52,44 @@ def test_a_told_stage_sends_each_task_to_experts_of_its_own(base):
     assert not same(left[0][1], left[-1][1]), "told anew in each chunk"
 
 
+@pytest.mark.parametrize("method", ["strlora_released", "strlora_no_reg", "strlora_frozen"])
+def test_other_presets_can_be_told(base, method):
+    job = session(base, f"method={method}", *METHOD[1:], TOLD)
+    job.trainer.fit(job.seen)
+    router = next(iter(stage1_of(job.model).values()))
+    assert router.text_router.abs().sum(1).count_nonzero() == 2 * len(job.trainer.parts["update"].parts["told"].names
+                                                                     if method == "strlora_released" else job.trainer.parts["update"].names)
+
+
+def test_layers_select_what_was_told(base):
+    job = session(base, *METHOD, TOLD)
+    job.trainer.fit(job.seen)
+    names, samples = job.trainer.parts["update"].names, job.seen.chunks[-1].samples
+    job.model.eval()
+    with torch.no_grad(), job.model.base_model.record_routing() as records: job.model(**with_features(job.trainer.batch(samples)), use_cache=False)
+    places = torch.tensor([names.index(s.task) for s in samples])
+    for _, _, routing in records:
+        assert (routing.selected.nonzero()[:, 1].view(-1, 2) == 2 * places[:, None] + torch.arange(2)).all()
+    assert records
+
+
+def test_what_was_told_is_moved_with_the_run(base):
+    "A checkpoint is read on the CPU, wherever the run is."
+    part = Told(32, 2)
+    part.load_state_dict({"names": ["a"], "xx": torch.eye(4), "yx": torch.zeros(16, 4)})
+    part.stream_start(SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("meta"))))
+    assert part.xx.device.type == part.yx.device.type == "meta"
+
+
+def test_an_expert_without_a_sample_stays_where_steps_are_lazy(base):
+    pairs = ("optimizer_state=carry", "weight_decay=0.5", TOLD)
+    for lazy in (True, False):
+        left = fitted(base, *pairs, f"lazy={str(lazy).lower()}")[1]
+        before, after = left[0][0], left[1][0]
+        still = torch.stack([(after[n] == before[n]).flatten(1).all(1) for n in after if after[n].shape[0] == 32]).all(0)
+        assert bool(still.any()) == lazy
+
+
 def test_too_few_experts_to_tell_apart_are_an_error(base):
     job = session(base, *METHOD, "num_experts=4", "r=32", TOLD)
     with pytest.raises(SpecError, match="num_experts"): job.trainer.fit(job.seen)
@@ -88,7 +129,7 @@ def test_the_penalty_on_kinds_keeps_stage_1_where_it_was(base):
 
 def test_settings_that_contradict_each_other_are_refused():
     for wrong in (dict(oracle_task_id=True, kind_weight=1.0), dict(oracle_task_id=True, top_k=None), dict(kind_weight=-1.0),
-                  dict(freeze_experts_from_chunk=-1)):
+                  dict(oracle_task_id=True, sub_top_k=0), dict(kind_weight=1.0, stage1="frozen"), dict(freeze_experts_from_chunk=-1)):
         with pytest.raises(SpecError): StrLoraSettings(**wrong)
     for wrong in (dict(hold_decay=1.5), dict(hold_decay=-0.1)):
         with pytest.raises(SpecError, match="hold_decay"): PrototypeSettings(**wrong)

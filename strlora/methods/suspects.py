@@ -49,6 +49,10 @@ class Told(Part):
         self.xx: Any = 0            # [d, d]
         self.yx: Any = None         # [e // k, d]
 
+    def stream_start(self, run: Training) -> None:
+        for name in ("xx", "yx"):
+            if torch.is_tensor(kept := getattr(self, name)): setattr(self, name, kept.to(run.accelerator.device))
+
     def chunk_start(self, run: Training) -> None:
         routers, places = stage1_of(run.model), self.experts // self.top_k
         self.names = list(dict.fromkeys([*self.names, *(s.task for s in run.samples)]))
@@ -58,7 +62,7 @@ class Told(Part):
         x = read_by(next(iter(routers.values())), run.instructions(run.samples))
         y = F.one_hot(torch.tensor([self.names.index(s.task) for s in run.samples], device=x.device), places).to(x)
         self.xx = self.xx + x.mT @ x
-        self.yx = y.mT @ x + (0 if self.yx is None else self.yx.to(x))
+        self.yx = y.mT @ x + (0 if self.yx is None else self.yx)
         size = self.ridge * self.xx.diagonal().mean() * torch.eye(len(self.xx), device=x.device)
         rows = torch.linalg.solve(self.xx + size, self.yx.mT).mT.repeat_interleave(self.top_k, 0)
         with torch.no_grad():
