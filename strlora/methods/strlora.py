@@ -48,8 +48,8 @@ class StrLoraSettings(AdapterSettings):
     def __post_init__(self) -> None:
         for name in ("freeze_experts_from_chunk", "kind_weight"): check_number(self, name, 0)
         if self.oracle_task_id and (not self.top_k or self.sub_top_k == 0):
-            raise SpecError(expected="experts for each task, weighed by a stage 2", found=f"top_k = {self.top_k}, sub_top_k = {self.sub_top_k}",
-                            where="settings: oracle_task_id", remedy="Set top_k, and leave sub_top_k as it is.")
+            raise SpecError(expected="experts for each task, weighed by a stage 2", where="settings: oracle_task_id",
+                            found=f"top_k = {self.top_k}, sub_top_k = {self.sub_top_k}", remedy="Set top_k, and leave sub_top_k as it is.")
         if self.kind_weight and (self.oracle_task_id or self.stage1 == "frozen"):
             raise SpecError(expected="a stage 1 that is trained", found=f"stage1 = {self.stage1!r}, oracle_task_id = {self.oracle_task_id}",
                             where="settings: kind_weight", remedy="Leave it at 0.")
