@@ -364,7 +364,7 @@ def test_artefacts_are_small():
     results = ROOT / "results"
     for run in {p.parent for p in tracked() if p.name == "run.json"}:
         assert size(run) <= 300_000, f"{run.relative_to(ROOT)}: {size(run) / 1000:.0f} kB"
-    assert size(results) <= 60_000_000 and size(ROOT / "strlora/assets") <= 20_000_000
+    assert size(results) <= 40_000_000 and size(ROOT / "strlora/assets") <= 20_000_000
 
 
 def test_no_machine_path_in_the_repository():
