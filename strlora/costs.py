@@ -48,7 +48,7 @@ def ratios(
     "Ratios with intervals and targets, one line each."
     rows = rows.iloc[::-1].reset_index(drop=True)
     with style.styled():
-        _, axes = plt.subplots(figsize=(6.4, 0.7 + 0.27 * len(rows)), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.27 * len(rows)), layout="constrained")
         for y, row in rows.iterrows():
             target = row["target"]
             colour = MISSED if pd.notna(target) and row["ratio"] > target else style.METHODS["strlora"][1]
@@ -60,6 +60,8 @@ def ratios(
         axes.axvline(1, color=style.RULE, zorder=0)
         axes.set(yticks=range(len(rows)), yticklabels=rows["name"], title=title, xlabel="ratio")
         axes.margins(x=0.12)
+        aims = " Black: what was aimed at; red: missed." if rows["target"].notna().any() else ""
+        style.caption(figure, f"Lines: 95 % intervals.{aims}")
         axes.set_ylim(-0.6, len(rows) - 0.4)
     return axes
 

@@ -41,7 +41,8 @@ def configurations(
     text = [[str(settings.get(name, "–")) for settings in flat] for name in names]
     differ = [len({*row} - {"–"}) > 1 for row in text]  # older runs did not record what did not exist
     heads = [f"{label}, seed {run.seed}" for label, run in zip(report.labels(runs), runs, strict=True)]
-    same = pd.DataFrame([(name, max(row)) for name, row, apart in zip(names, text, differ, strict=True) if not apart],
+    known = [next(value for value in row if value != "–") for row in text]
+    same = pd.DataFrame([(name, value) for name, value, apart in zip(names, known, differ, strict=True) if not apart],
                         columns=["setting", "value"])
     other = pd.DataFrame([row for row, apart in zip(text, differ, strict=True) if apart], columns=range(len(heads)))
     other = other.set_axis(heads, axis=1)
@@ -58,8 +59,8 @@ def environment(
     for run in runs:
         info = run.info
         code = str(info.get("commit"))[:12] + (", changed" if info.get("dirty") else "")
-        rows.append({"run": str(run.folder), "status": info["status"], "code": code, "seconds": info.get("seconds"),
-                     "machine": plain(info.get("hardware")), "packages": plain(info.get("versions"))})
+        rows.append({"run": "/".join(run.folder.absolute().parts[-3:]), "status": info["status"], "code": code,
+                     "seconds": info.get("seconds"), "machine": plain(info.get("hardware")), "packages": plain(info.get("versions"))})
     return pd.DataFrame(rows)
 
 # %% ../nbs/17a_page.ipynb #cf6dcfaf
@@ -100,7 +101,12 @@ def legend(
              "<b>final AP</b>: the mean score after the last chunk.",
              "<b>low, high</b>: a 95 % interval over " + (
                  "seeds and samples." if seeds > 1 else "samples; one seed says nothing about others.")]
-    if reference: words.append(f"<b>difference</b>: from {html.escape(reference)}, on the same seeds.")
+    if reference:
+        words += [f"<b>difference</b>: from {html.escape(reference)}, over the <b>pairs</b> of runs on the same seeds, with its 95 % "
+                  "interval <b>d low, d high</b> (of Student's t if seeds are few); a plus in MAF means that more is forgotten.",
+                  "<b>p (t)</b>: paired t-test; <b>p (signs)</b>: by flipping signs; <b>p (Holm)</b>: the first, corrected."]
+    words.append("<b>First-exposure gain</b>: what a task gains in the first chunk that trains it; <b>retention gap</b>: what it loses "
+                 "while it is away; <b>reinforcement gain</b>: what it regains when it comes back.")
     if seeds < 5: words.append("Fewer than five seeds rank nothing.")
     return f"<p class=quiet>{' '.join(words)}</p>"
 

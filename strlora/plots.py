@@ -98,7 +98,7 @@ def expert_activation(
                                             width_ratios=[wide, 1.5])
         style.heat(axes, weight, max(weight.to_numpy().max(), 100 / e), gaps=1, numbers=e <= 16, shown=16)
         axes.set(xlabel="expert", title=f"Experts per task, {look(run.method)[0]}")
-        _entropies(side, entropy(weight / 100) * np.log(2), e)
+        _entropies(side, entropy(weight / 100), e)
         style.caption(figure, f"Cells: share of the weight in %, over tokens, after chunk {after_chunk}, layer {where}.\n"
                         f"Right: entropy of a row; dashed: all {e} experts alike. Stream {run.stream['name']}, seed {run.seed}.")
     return axes
@@ -106,10 +106,10 @@ def expert_activation(
 
 def _entropies(axes: Axes, entropy: np.ndarray, experts: int) -> None:
     "Beside the heat map: how evenly each task spreads its weight."
-    axes.axvline(np.log(experts), color=style.FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
+    axes.axvline(np.log2(experts), color=style.FAINT, linewidth=0.8, linestyle=(0, (2, 2)))
     axes.hlines(range(len(entropy)), 0, entropy, color=style.RULE, linewidth=1.4)
     axes.plot(entropy, range(len(entropy)), "o", color=look("strlora")[1], markersize=4.5)
-    axes.set(xlim=(0, max(1.08 * np.log(experts), 0.1)), xlabel="entropy (nats)")
+    axes.set(xlim=(0, max(1.08 * np.log2(experts), 0.1)), xlabel="entropy (bits)")
     axes.tick_params(axis="y", length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
 

@@ -115,7 +115,7 @@ def test_experts(runs):
     frame = last_layer(run).query("after_chunk == 8").pivot(index="task", columns="expert", values="weight").loc[list(TASK4)]
     frame = frame.div(frame.sum(axis=1), axis=0)
     assert np.allclose(axes.collections[0].get_array(), 100 * frame) and np.allclose(axes.collections[0].get_array().sum(1), 100)
-    entropy = -(frame * np.log(frame.where(frame > 0, 1))).sum(axis=1)
+    entropy = -(frame * np.log2(frame.where(frame > 0, 1))).sum(axis=1)
     assert any(np.allclose(line.get_xdata(), entropy) for line in axes.figure.axes[1].lines if len(line.get_xdata()) == 4)
     early = plots.expert_activation(run, after_chunk=0).collections[0].get_array()
     assert early.max() < 50
