@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -178,6 +179,13 @@ def test_zero_shot_and_joint_end_in_a_table(base, tmp_path):
         assert code == 0 and "final AP" in out, err
     code, out, _ = said("report", tmp_path/"zero_shot", tmp_path/"joint", "--json")
     assert [r["method"] for r in json.loads(out)] == ["zero_shot", "joint"]
+
+
+def test_the_first_steps_are_commands_that_exist():
+    text = (Path(__file__).resolve().parents[1]/"nbs"/"start.md").read_text(encoding="utf-8")
+    words = [line.split() for block in text.split("```")[1::2] for line in block.splitlines() if line.startswith("strlora ")]
+    assert {line[1] for line in words} == {"run", "report"} and len(words) == 3
+    for _, *rest in words: parser().parse_args(rest)
 
 
 def test_chat_takes_its_words_in_either_order():
