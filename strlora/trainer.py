@@ -202,7 +202,7 @@ def train_step(
     told = {name: value for part in run.parts.values() for name, value in part.numbers().items()}
     return {"loss": sum(values.values()), **values, "grad_norm": norm, **norms, **told,
             "lr": run.optimizer.param_groups[0]["lr"],
-            "samples": int(samples), "tokens": int(tokens), "seconds": time.perf_counter() - start}
+            "samples": int(samples), "tokens": int(tokens), "seconds": round(time.perf_counter() - start, 3)}
 
 # %% ../nbs/11a_trainer.ipynb #807fa7b9
 def apply_step(
