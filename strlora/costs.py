@@ -55,7 +55,8 @@ def ratios(
             axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="round")
             axes.plot(row["ratio"], y, "o", color=colour, markersize=5)
             if pd.notna(target): axes.plot([target, target], [y - 0.3, y + 0.3], color=style.INK, linewidth=1.4)
-            axes.annotate(f"{row['ratio']:.2f}", (row["high"], y), xytext=(6, 0), textcoords="offset points", va="center",
+            end = row["high"] if pd.isna(target) else max(row["high"], target)
+            axes.annotate(f"{row['ratio']:.2f}", (end, y), xytext=(6, 0), textcoords="offset points", va="center",
                           color=style.FAINT, fontsize=8)
         axes.axvline(1, color=style.RULE, zorder=0)
         axes.set(yticks=range(len(rows)), yticklabels=rows["name"], title=title, xlabel="ratio")
