@@ -140,7 +140,7 @@ def accuracy_panels(
             axes.set(ylim=(0, 100), xlim=(0.4, K + 0.6))
             style.chunk_ticks(axes, K, 1)
         figure.supylabel("mean score of the tasks seen (points of 100)", fontsize=8)
-        style.caption(figure, _note(runs, words, split).split("Below")[0].strip(" ·.") + ". Grey: the other methods. x: chunk.")
+        style.caption(figure, _note(runs, words, split).split("Below")[0].strip(" ·.\n") + ". Grey: the other methods. x: chunk.")
     return list(grid.flat[: len(groups)])
 
 # %% ../nbs/16b_curves.ipynb #558c6265

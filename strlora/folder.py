@@ -114,7 +114,7 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
 
 # %% ../nbs/14a_folder.ipynb #a69ecfd4
 TABLES = ("train", "predictions", "routing", "skipped")
-ONE_PAGE = {"max_rows_per_page": 2**31 - 1} if "max_rows_per_page" in inspect.signature(pq.ParquetWriter).parameters else {}  # was the rule
+ONE_PAGE = {"max_rows_per_page": 2**31 - 1} if "max_rows_per_page" in inspect.signature(pq.ParquetWriter).parameters else {}
 
 
 def write_rows(
@@ -130,15 +130,16 @@ def write_rows(
 def write_table(
     path: Path,       # a parquet file
     table: pa.Table,  # what it will hold
+    level: int = 3,   # of the compression: 19 for what is kept
 ) -> None:
-    "Write a table as small as it gets without losing a bit, under a temporary name first."
+    "Write a table small without losing a bit, under a temporary name first."
     how = {}
     for name, column in zip(table.column_names, table.columns):
-        if 2 * len(column.unique()) < len(column): continue  # what repeats is left to the compression
-        if pa.types.is_floating(column.type): how[name] = "BYTE_STREAM_SPLIT"
-        elif pa.types.is_integer(column.type): how[name] = "DELTA_BINARY_PACKED"
+        floating, whole = pa.types.is_floating(column.type), pa.types.is_integer(column.type)
+        if not (floating or whole) or 2 * len(column.unique()) < len(column): continue  # what repeats is left to the compression
+        how[name] = "BYTE_STREAM_SPLIT" if floating else "DELTA_BINARY_PACKED"
     with atomic_file(path) as temporary:  # pages are compressed one by one, and looks repeat each other: so one page a column
-        pq.write_table(table, temporary, compression="zstd", compression_level=19, use_dictionary=False, column_encoding=how or None,
+        pq.write_table(table, temporary, compression="zstd", compression_level=level, use_dictionary=False, column_encoding=how or None,
                        data_page_size=2**27, **ONE_PAGE)
 
 
@@ -158,7 +159,7 @@ def merge_rows(
         parts = [pq.read_table(p) for p in sorted((folder/"parts").glob(f"*.{name}.parquet"))]
         if not parts: continue
         table = pa.concat_tables(parts, promote_options="permissive")
-        write_table(folder/f"{name}.parquet", table)
+        write_table(folder/f"{name}.parquet", table, 19)
 
 # %% ../nbs/14a_folder.ipynb #a166babc
 def drop_parts(

@@ -59,7 +59,7 @@ def environment(
     for run in runs:
         info = run.info
         code = str(info.get("commit"))[:12] + (", changed" if info.get("dirty") else "")
-        rows.append({"run": "/".join(run.folder.absolute().parts[-3:]), "status": info["status"], "code": code,
+        rows.append({"run": "/".join(run.folder.absolute().parts[1:][-4:]), "status": info["status"], "code": code,
                      "seconds": info.get("seconds"), "machine": plain(info.get("hardware")), "packages": plain(info.get("versions"))})
     return pd.DataFrame(rows)
 
@@ -103,7 +103,7 @@ def legend(
                  "seeds and samples." if seeds > 1 else "samples; one seed says nothing about others.")]
     if reference:
         words += [f"<b>difference</b>: from {html.escape(reference)}, over the <b>pairs</b> of runs on the same seeds, with its 95 % "
-                  "interval <b>d low, d high</b> (of Student's t if seeds are few); a plus in MAF means that more is forgotten.",
+                  "interval <b>d low, d high</b> (of Student's t below ten seeds; of one seed over its samples); a plus in MAF means that more is forgotten.",
                   "<b>p (t)</b>: paired t-test; <b>p (signs)</b>: by flipping signs; <b>p (Holm)</b>: the first, corrected."]
     words.append("<b>First-exposure gain</b>: what a task gains in the first chunk that trains it; <b>retention gap</b>: what it loses "
                  "while it is away; <b>reinforcement gain</b>: what it regains when it comes back.")

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .artefacts import Run, collect, load_run, provenance, seeds_of  # noqa: F401
 from .core import SpecError, sources, unknown
-from .data.intervals import FEW, bootstrap, holm, interval, paired_t, sign_flip, t_interval  # noqa: F401
+from .data.intervals import FEW, MANY, bootstrap, holm, interval, paired_t, sign_flip, t_interval  # noqa: F401
 from .data.metrics import METRICS, AP_k, measure  # noqa: F401
 from .data.rules import SETS
 from .kept import kept  # noqa: F401
@@ -234,7 +234,7 @@ def compare(
     split: str = "proxy",                              # "proxy" | "full"
     draws: int = 1000,                                 # of the bootstrap
 ) -> pd.DataFrame:                                     # one row a metric and method, points of 100
-    "Mean and 95 % interval of each method, and its paired difference from the reference; that of a few seeds is Student's."
+    "Mean and 95 % interval of each method, and its paired difference from the reference; Student's below ten seeds."
     runs = _one_scale(runs)
     groups: dict[str, dict[Any, Run]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
@@ -253,7 +253,7 @@ def compare(
             row = {"metric": name, "method": label, "seeds": len(group), "mean": mean, "low": low, "high": high}
             if reference is not None and label != reference:
                 row |= _difference(name, label, reference, groups, drawn, point, split)
-                if next(iter(group.values())).method in BOUNDS: row = {k: v for k, v in row.items() if not k.startswith("p (")}
+                if next(iter(group.values())).method in BOUNDS: row |= {"p (t)": np.nan, "p (signs)": np.nan}
             rows.append(row)
     frame = pd.DataFrame(rows)
     if "pairs" in frame: frame["pairs"] = frame["pairs"].astype("Int64")
@@ -271,7 +271,7 @@ def _difference(name, label, reference, groups, drawn, point, split) -> dict[str
                             remedy="Compare runs of the same stream with test sets of the same size.")
     d = [point[label][k][name] - point[reference][k][name] for k in shared]
     if not shared or np.isnan(d).any(): return {"pairs": 0}
-    low, high = t_interval(d) if 1 < len(shared) < FEW else interval([drawn[label][k][name] - drawn[reference][k][name] for k in shared])
+    low, high = t_interval(d) if 1 < len(shared) < MANY else interval([drawn[label][k][name] - drawn[reference][k][name] for k in shared])
     return {"pairs": len(shared), "difference": np.mean(d), "d low": low, "d high": high,
             "p (t)": paired_t(d)[1], "p (signs)": sign_flip(d)}
 
@@ -279,8 +279,9 @@ def _difference(name, label, reference, groups, drawn, point, split) -> dict[str
 def side(
     row: Mapping[str, Any],  # of `compare`
     alpha: float = 0.05,     # level after Holm's correction
-) -> str:                    # "above" | "below" | "not told apart" | "too few seeds"
+) -> str:                    # "above" | "below" | "not told apart" | "too few seeds" | "not tested"
     "Where a method stands to the reference: on one side only if interval *and* corrected p say so."
-    if pd.isna(row["pairs"]) or row["pairs"] < FEW: return "too few seeds"
-    if not row["p (Holm)"] < alpha or row["d low"] <= 0 <= row["d high"]: return "not told apart"
+    if pd.isna(row["difference"]) or row["pairs"] < FEW: return "too few seeds"
+    if pd.isna(row["p (Holm)"]): return "not tested"
+    if row["p (Holm)"] >= alpha or row["d low"] <= 0 <= row["d high"]: return "not told apart"
     return "above" if row["d low"] > 0 else "below"

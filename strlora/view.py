@@ -125,7 +125,9 @@ def explorer(
         except (OSError, ValueError, Image.DecompressionBombError) as error:  # a file that is no picture, a question that cannot be asked
             shown.value = f"<p>{html.escape(str(error))}</p>"
             return
+        layer.unobserve(look, "value")
         layer.max, layer.value = len(found["layers"]), found["layers"].index(found["layer"]) + 1
+        layer.observe(look, "value")
         shown.value = f"{LOOK}{panel(found, picture)}<p><small>{html.escape(found['layer'])}</small></p>"
 
     def back(_: Any) -> None:  # a picture of the row takes the place of one's own
@@ -133,6 +135,6 @@ def explorer(
         else: look()
 
     which.observe(back, "value")
-    look()
     for control in (own, layer, question): control.observe(look, "value")
+    look()
     return w.VBox([w.HTML(eyes), w.HBox([which, own, layer]), question, shown])

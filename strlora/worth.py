@@ -125,6 +125,7 @@ def leads(
     alpha: float = 0.05,                 # level after Holm's correction
 ) -> list[Axes]:                         # one a metric
     "By how much the reference is ahead of each other method: paired differences with 95 % intervals."
+    tables = {title: t.astype({"pairs": float}) for title, t in tables.items()}
     rows = [(title, m) for title, t in tables.items() for m in dict.fromkeys(t.loc[t["difference"].notna(), "method"])]
     places = {key: y + 0.8 * list(tables).index(key[0]) for y, key in enumerate(rows)}
     with style.styled():
@@ -148,7 +149,7 @@ def leads(
             top = min(y for (of, _), y in places.items() if of == title)
             grid[0][0].annotate(title, (0, top - 0.75), xycoords=("axes fraction", "data"), fontweight="bold", fontsize=8.5, va="center",
                                 xytext=(-4, 0), textcoords="offset points", ha="right")
-        ahead = {m for t in tables.values() for m in t.loc[t["difference"].isna(), "method"]} - {method for _, method in places}
+        ahead = {m for t in tables.values() for m in t.loc[t["pairs"].isna(), "method"]}
         style.caption(figure, f"Right of zero: {' or '.join(style.look(m)[0] for m in sorted(ahead)) or 'the reference'} is better. "
                               f"Filled: p < {alpha:g}, paired t over at least {FEW} seeds, Holm's correction.")
     return list(grid[0])
