@@ -34,7 +34,7 @@ def output(out: dict, name: str, alt: str, files: dict[str, bytes]) -> str:
 def from_root(words: str) -> str:
     "Links as they lead from the root of the repository."
     words = re.sub(r"\]\((contributing|changelog)\.md([#)])", lambda m: f"]({m.group(1).upper()}.md{m.group(2)}", words)
-    return re.sub(r"\]\(([\w.-]+\.ipynb|glossary\.md)([#)])", r"](nbs/\1\2", words)
+    return re.sub(r"\]\(([\w.-]+\.ipynb|(?:glossary|start|why)\.md)([#)])", r"](nbs/\1\2", words)
 
 
 def indent(words: str) -> str:
