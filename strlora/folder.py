@@ -114,6 +114,7 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
 
 # %% ../nbs/14a_folder.ipynb #a69ecfd4
 TABLES = ("train", "predictions", "routing", "skipped")
+# releases without this option put any number of rows on a page
 ONE_PAGE = {"max_rows_per_page": 2**31 - 1} if "max_rows_per_page" in inspect.signature(pq.ParquetWriter).parameters else {}
 
 
