@@ -130,6 +130,9 @@ class Run:
     def _samples(self) -> dict[str, dict[str, pd.DataFrame]]:
         return {split: sample_scores(self.predictions, split) for split in self.predictions["split"].unique()}
 
+    @cached_property
+    def _matrices(self) -> dict[str, pd.DataFrame]: return {}
+
     def samples(self, split: str = "proxy") -> dict[str, pd.DataFrame]:
         "Scores of single samples: task -> evaluated chunks x samples, points of 100."
         if split not in self._samples: raise unknown("split", split, self._samples, self.folder)
@@ -137,7 +140,9 @@ class Run:
 
     def scores(self, split: str = "proxy") -> pd.DataFrame:
         "The score matrix, after_chunk x task, points of 100."
-        return score_matrix(self.samples(split), tasks=self.tasks)
+        samples = self.samples(split)
+        if split not in self._matrices: self._matrices[split] = score_matrix(samples, tasks=self.tasks)
+        return self._matrices[split].copy()
 
     def definition(self, split: str = "proxy") -> Definition:
         "The strict definition, or its reading for fewer points where this run was evaluated less often."
