@@ -20,8 +20,9 @@ SETTINGS := num_experts=2,8,16,32 top_k=3,4 r=16,32,128 ema_decay=0.9,0.999 kl_w
 # of strlora what may cause forgetting, switched off; of strlora_prototypes other strengths of its springs
 SWITCHES := lazy=true freeze_experts_from_chunk=6 freeze_from_chunk=6 kind_weight=0.1,1.0
 SPRINGS  := hold_by=level,samples hold_decay=0.8
-# other pages read the table that this one writes
-FIRST    := nbs/27b_fig_streams.ipynb
+# the second reads the table that the first writes
+CHAIN    := nbs/27b_fig_streams.ipynb nbs/27a_fig_verdict.ipynb
+CORES    := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 COMPARE  := $(VENV)/bin/strlora compare
 ABLATE   := $(VENV)/bin/strlora ablate
 define newline
@@ -63,8 +64,8 @@ widths: $(READY)  ## check in a browser that no page of _docs is wider than a ph
 	$(PY) tools/check_widths.py
 
 figures: $(READY)  ## redraw the figure notebooks (nbs/2*), the front page and the README from the committed artefacts; git diff shows what differs
-	$(PY) tools/run_nbs.py $(FIRST)
-	printf '%s\n' $(filter-out $(FIRST),$(sort $(wildcard nbs/2*_fig_*.ipynb))) nbs/16i_film.ipynb | xargs -P 2 -n 6 $(PY) tools/run_nbs.py
+	printf '%s\n' '$(CHAIN)' $(filter-out $(CHAIN),$(sort $(wildcard nbs/2*_fig_*.ipynb))) nbs/16i_film.ipynb \
+	    | xargs -P $(CORES) -L 1 $(PY) tools/run_nbs.py
 	$(PY) tools/run_nbs.py nbs/index.ipynb
 	$(VENV)/bin/nbdev_clean
 	$(PY) tools/make_readme.py

@@ -127,8 +127,7 @@ class Run:
         return composition(self.stream)
 
     @cached_property
-    def _samples(self) -> dict[str, dict[str, pd.DataFrame]]:
-        return {split: sample_scores(self.predictions, split) for split in self.predictions["split"].unique()}
+    def _samples(self) -> dict[str, dict[str, pd.DataFrame] | None]: return dict.fromkeys(self.predictions["split"].unique())
 
     @cached_property
     def _matrices(self) -> dict[str, pd.DataFrame]: return {}
@@ -136,7 +135,8 @@ class Run:
     def samples(self, split: str = "proxy") -> dict[str, pd.DataFrame]:
         "Scores of single samples: task -> evaluated chunks x samples, points of 100."
         if split not in self._samples: raise unknown("split", split, self._samples, self.folder)
-        return self._samples[split]
+        if (made := self._samples[split]) is None: made = self._samples[split] = sample_scores(self.predictions, split)
+        return made
 
     def scores(self, split: str = "proxy") -> pd.DataFrame:
         "The score matrix, after_chunk x task, points of 100."
