@@ -81,6 +81,7 @@ study-more: $(READY)  ## ablations, more seeds, other streams, words and base, m
 	$(foreach stream,abrupt cyclic uniform,$(COMPARE) strlora_prototypes same ewc lora strlora --seeds 0,1,2,3 --stream $(stream) \
 	    --reference strlora_prototypes $(ARGS)$(newline))
 	$(foreach step,1 2 3 4,$(COMPARE) $(ROUTED) ewc lora --seeds 0,1,2,3,4 --stream alike$(step) $(ARGS)$(newline))
+	$(foreach step,1 2 3 4,$(COMPARE) joint --seeds 0 --stream alike$(step) $(ARGS)$(newline))
 	$(COMPARE) strlora strlora_no_reg --seeds 0,1,2,3,4 --stream long $(ARGS)
 	$(COMPARE) strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0 --stream long $(ARGS)
 	$(COMPARE) strlora_prototypes same ewc lora --seeds 0,1,2,3 --stream windows-gemma3 --reference strlora_prototypes $(ARGS)

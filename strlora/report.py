@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SEEDS', 'BOUNDS', 'table', 'metrics', 'official_ap', 'to_markdown', 'to_html', 'to_text', 'sources_table',
-           'labels', 'flat_settings', 'summary', 'summary_json', 'compare', 'side', 'Run', 'collect', 'inside_chunks',
-           'kept', 'load_run', 'moved', 'provenance', 'routing_precision', 'seeds_of', 't_interval']
+           'labels', 'flat_settings', 'summary', 'summary_json', 'compare', 'side', 'compared', 'Run', 'collect',
+           'inside_chunks', 'kept', 'load_run', 'moved', 'provenance', 'routing_precision', 'seeds_of', 't_interval']
 
 # %% ../nbs/16_report.ipynb #b92daed3
 import html
@@ -107,9 +107,10 @@ def official_ap(
 
 # %% ../nbs/16_report.ipynb #dc1394cc
 def _text(value: Any, digits: int, column: Any = "") -> str:
-    "A cell: a dash for nothing, p values to three digits."
+    "A cell: a dash for nothing, p values to three digits, and to four where three could hide on which side of 0.05 they are."
     if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value): return "–"
-    if isinstance(value, float) and str(column).startswith("p ("): return "<0.001" if value < 0.001 else f"{value:.3f}"
+    if isinstance(value, float) and str(column).startswith("p ("):
+        return "<0.001" if value < 0.001 else f"{value:.{4 if abs(value - 0.05) < 0.0005 else 3}f}"
     return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)   # never -0.0
 
 
@@ -285,3 +286,19 @@ def side(
     if pd.isna(row["p (Holm)"]): return "not tested"
     if row["p (Holm)"] >= alpha or row["d low"] <= 0 <= row["d high"]: return "not told apart"
     return "above" if row["d low"] > 0 else "below"
+
+# %% ../nbs/16_report.ipynb #05af2121
+def compared(
+    table: pd.DataFrame,   # of `compare` with a reference
+    ahead: bool = False,   # instead of differences, by how much the reference is ahead: plus always speaks for it
+) -> str:                  # Markdown
+    "A comparison for a page: a table a metric, best means first."
+    parts, word = [], "lead" if ahead else "difference"
+    for name, rows in table.dropna(subset="mean").groupby("metric", sort=False):
+        rows, sign = rows.sort_values("mean", ascending=name == "MAF").set_index("method"), -1 if ahead and name != "MAF" else 1
+        mean = [f"{m:.1f} ({low:.1f} to {high:.1f})" for m, low, high in rows[["mean", "low", "high"]].to_numpy(float)]
+        gaps = [(d, *sorted(ends)) for d, *ends in sign * rows[["difference", "d low", "d high"]].to_numpy(float).round(1) + 0.0]  # no -0.0
+        by = ["–" if np.isnan(d) else f"{d:+.1f} ({low:+.1f} to {high:+.1f})" for d, low, high in gaps]
+        shown = rows.assign(mean=mean, **{word: by}).reset_index()
+        parts.append(f"**{name}**\n\n" + to_markdown(shown[["method", "mean", word, "p (t)", "p (signs)", "p (Holm)"]]))
+    return "\n\n".join(parts)

@@ -123,8 +123,9 @@ def leads(
     tables: Mapping[str, pd.DataFrame],  # title of a group of rows, as a stream → of `report.compare` with a reference
     names: Sequence[str] = ("MAP", "MAF", "final AP"),  # metrics
     alpha: float = 0.05,                 # level after Holm's correction
+    others: bool = False,                # by how much the others are ahead of the reference, instead
 ) -> list[Axes]:                         # one a metric
-    "By how much the reference is ahead of each other method: paired differences with 95 % intervals."
+    "By how much the reference is ahead of each other method: paired differences with 95 % intervals, those of two seeds cut off."
     tables = {title: t.astype({"pairs": float}) for title, t in tables.items()}
     rows = [(title, m) for title, t in tables.items() for m in dict.fromkeys(t.loc[t["difference"].notna(), "method"])]
     places = {key: y + 0.8 * list(tables).index(key[0]) for y, key in enumerate(rows)}
@@ -132,15 +133,25 @@ def leads(
         figure, grid = plt.subplots(1, len(names), figsize=(2.4 + 2.3 * len(names), 1.2 + 0.24 * max(places.values(), default=1)),
                                     sharey=True, layout="constrained", squeeze=False)
         for axes, name in zip(grid[0], names, strict=True):
-            sign = 1 if name == "MAF" else -1
+            sign = (1 if name == "MAF" else -1) * (-1 if others else 1)
+            of = {key: tables[key[0]].set_index(["metric", "method"]).loc[name, key[1]] for key in places}
+            inside = sign * np.array([0, *(row["difference"] for row in of.values()),   # an interval of two seeds would hide all others
+                                      *(row[end] for row in of.values() if row["pairs"] != 2 for end in ("d low", "d high"))], dtype=float)
+            margin = 0.06 * (np.nanmax(inside) - np.nanmin(inside)) or 1.0
+            left, right = np.nanmin(inside) - margin, np.nanmax(inside) + margin
             for (title, method), y in places.items():
-                row = tables[title].set_index(["metric", "method"]).loc[name, method]
+                row = of[title, method]
                 colour, held = style.look(method)[1], row["pairs"] >= FEW and row["p (Holm)"] < alpha
                 axes.plot([sign * row["d low"], sign * row["d high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
                 axes.plot(sign * row["difference"], y, "o", color=colour, markerfacecolor=colour if held else "white", markersize=5,
                           gid=f"lead:{title}:{method}")
+                ends = sorted((sign * row["d low"], sign * row["d high"]))
+                for beyond, at, mark in ((ends[0] < left, left, "<"), (ends[1] > right, right, ">")):
+                    if beyond: axes.plot(at, y, mark, color=colour, markersize=4, clip_on=False, gid=f"beyond:{title}:{method}")
+            axes.set_xlim(left, right)
             axes.axvline(0, color=style.FAINT, linewidth=0.8, zorder=0)
-            axes.set(title=name, xlabel="lead, points", yticks=list(places.values()), yticklabels=[style.look(m)[0] for _, m in places])
+            axes.set(title=name, xlabel="ahead of it, points" if others else "lead, points", yticks=list(places.values()),
+                     yticklabels=[style.look(m)[0] for _, m in places])
             axes.set_ylim(max(places.values(), default=0) + 0.7, -0.9)
             axes.grid(axis="x")
             axes.spines["left"].set_visible(False)
@@ -150,6 +161,8 @@ def leads(
             grid[0][0].annotate(title, (0, top - 0.75), xycoords=("axes fraction", "data"), fontweight="bold", fontsize=8.5, va="center",
                                 xytext=(-4, 0), textcoords="offset points", ha="right")
         ahead = {m for t in tables.values() for m in t.loc[t["pairs"].isna(), "method"]}
-        style.caption(figure, f"Right of zero: {' or '.join(style.look(m)[0] for m in sorted(ahead)) or 'the reference'} is better. "
-                              f"Filled: p < {alpha:g}, paired t over at least {FEW} seeds, Holm's correction.")
+        better = "better than {}" if others else "{} is better"
+        cut = " Arrow: two seeds, whose interval goes on." if any(t["pairs"].eq(2).any() for t in tables.values()) else ""
+        style.caption(figure, f"Right of zero: {better.format(' or '.join(style.look(m)[0] for m in sorted(ahead)) or 'the reference')}. "
+                              f"Filled: p < {alpha:g}, paired t over at least {FEW} seeds, Holm's correction.{cut}")
     return list(grid[0])
