@@ -103,7 +103,7 @@ def legend(
                  "seeds and samples." if seeds > 1 else "samples; one seed says nothing about others.")]
     if reference:
         words += [f"<b>difference</b>: from {html.escape(reference)}, over the <b>pairs</b> of runs on the same seeds, with its 95 % "
-                  "interval <b>d low, d high</b> (of Student's t below ten seeds; of one seed over its samples); a plus in MAF means "
+                  "interval <b>d low, d high</b> (of one seed: over its samples); a plus in MAF means "
                   "that more is forgotten.",
                   "<b>p (t)</b>: paired t-test; <b>p (signs)</b>: by flipping signs; <b>p (Holm)</b>: the first, corrected."]
     words.append("<b>First-exposure gain</b>: what a task gains in the first chunk that trains it; <b>retention gap</b>: what it loses "

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .artefacts import Run, collect, load_run, provenance, seeds_of  # noqa: F401
 from .core import SpecError, sources, unknown
-from .data.intervals import FEW, MANY, bootstrap, holm, interval, paired_t, sign_flip, t_interval  # noqa: F401
+from .data.intervals import FEW, bootstrap, holm, paired_t, sign_flip, spread, t_interval  # noqa: F401
 from .data.metrics import METRICS, AP_k, measure  # noqa: F401
 from .data.rules import SETS
 from .kept import kept  # noqa: F401
@@ -235,7 +235,7 @@ def compare(
     split: str = "proxy",                              # "proxy" | "full"
     draws: int = 1000,                                 # of the bootstrap
 ) -> pd.DataFrame:                                     # one row a metric and method, points of 100
-    "Mean and 95 % interval of each method, and its paired difference from the reference; Student's below ten seeds."
+    "Mean of each method and its paired difference from the reference, each with its 95 % interval over seeds and samples."
     runs = _one_scale(runs)
     groups: dict[str, dict[Any, Run]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
@@ -249,8 +249,9 @@ def compare(
     rows = []
     for name in names:
         for label, group in groups.items():
-            mean = np.mean([point[label][k][name] for k in group])
-            low, high = (np.nan, np.nan) if np.isnan(mean) else interval([drawn[label][key][name] for key in group])
+            values = [point[label][key][name] for key in group]
+            mean = np.mean(values)
+            low, high = (np.nan, np.nan) if np.isnan(mean) else spread(values, [drawn[label][key][name] for key in group])
             row = {"metric": name, "method": label, "seeds": len(group), "mean": mean, "low": low, "high": high}
             if reference is not None and label != reference:
                 row |= _difference(name, label, reference, groups, drawn, point, split)
@@ -272,7 +273,7 @@ def _difference(name, label, reference, groups, drawn, point, split) -> dict[str
                             remedy="Compare runs of the same stream with test sets of the same size.")
     d = [point[label][k][name] - point[reference][k][name] for k in shared]
     if not shared or np.isnan(d).any(): return {"pairs": 0}
-    low, high = t_interval(d) if 1 < len(shared) < MANY else interval([drawn[label][k][name] - drawn[reference][k][name] for k in shared])
+    low, high = spread(d, [drawn[label][k][name] - drawn[reference][k][name] for k in shared])
     return {"pairs": len(shared), "difference": np.mean(d), "d low": low, "d high": high,
             "p (t)": paired_t(d)[1], "p (signs)": sign_flip(d)}
 
