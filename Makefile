@@ -86,6 +86,7 @@ study-more: $(READY)  ## ablations, more seeds, other streams, words and base, m
 	$(COMPARE) strlora_prototypes strlora strlora_no_reg lora ewc same --seeds 0 --stream long $(ARGS)
 	$(COMPARE) strlora_prototypes same ewc lora --seeds 0,1,2,3 --stream windows-gemma3 --reference strlora_prototypes $(ARGS)
 	$(ABLATE) strlora share_routers=block --seeds 100,101,102,103,104 $(ARGS)
+	$(ABLATE) strlora stage1=straight_through --seeds 102,103,104,105,106 $(ARGS)
 	$(foreach setting,sight=-1.0 hold_weight=0.0 lazy=false gate=0.0 gate=4.0 shared=8 geometry=none,\
 	    $(ABLATE) strlora_prototypes $(setting) --seeds 102,103,104,105,106 $(ARGS)$(newline))
 	$(foreach stream,windows alike4,$(ABLATE) strlora_prototypes oracle_task_id=true --seeds 102,103,104 --stream $(stream) $(ARGS)$(newline))
