@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
@@ -138,6 +139,7 @@ def write_table(
     for name, column in zip(table.column_names, table.columns):
         floating, whole = pa.types.is_floating(column.type), pa.types.is_integer(column.type)
         if not (floating or whole) or 2 * len(column.unique()) < len(column): continue  # what repeats is left to the compression
+        if floating and pc.all(pc.equal(pc.round(column, 4), column)).as_py(): continue  # so are short decimals, as of routing
         how[name] = "BYTE_STREAM_SPLIT" if floating else "DELTA_BINARY_PACKED"
     with atomic_file(path) as temporary:  # pages are compressed one by one, and looks repeat each other: so one page a column
         pq.write_table(table, temporary, compression="zstd", compression_level=level, use_dictionary=False, column_encoding=how or None,
