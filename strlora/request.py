@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_HELP', 'SET_HELP', 'PUBLISHED', 'PLAN_HELP', 'BENCH_HELP', 'INTERFERE_HELP', 'TUNE_HELP', 'COMPARE_HELP',
            'ABLATE_HELP', 'JOBS_HELP', 'add_run', 'add_plan', 'add_bench', 'add_interference', 'add_studies',
-           'add_chat', 'spec_of', 'check_limit', 'asked', 'experiment', 'words_for', 'stream_of', 'only']
+           'add_chat', 'spec_of', 'check_limit', 'asked', 'experiment', 'experiment_at_hand', 'words_for',
+           'check_stream', 'stream_of', 'only']
 
 # %% ../nbs/14b_request.ipynb #3c64933e
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .core import SpecError
+from .core import SpecError, unknown
 
 # %% ../nbs/14b_request.ipynb #799fa0c9
 RUN_HELP = "train a method on a stream (no argument: StrLoRA on StrCVIT-mini)"
@@ -126,7 +127,7 @@ def add_studies(
     q = verbs.add_parser("compare", help=COMPARE_HELP, description=f"{COMPARE_HELP[0].upper()}{COMPARE_HELP[1:]}.")
     q.add_argument("methods", nargs="+", metavar="METHOD", help="names from `strlora methods`")
     q.add_argument("--seeds", default="0,1,2", metavar="LIST", help="seeds, separated by commas (default: 0,1,2)")
-    q.add_argument("--reference", default="strlora", metavar="METHOD", help="what the others are compared with (default: strlora)")
+    q.add_argument("--reference", metavar="METHOD", help="the one that others are compared with (default: strlora, else the first)")
     for p in verbs.choices["tune"], a, q:
         p.add_argument("--stream", metavar="NAME", help="name of the stream (default: windows)")
         p.add_argument("--data", metavar="DIR", help="a stream in files instead, as for `strlora run`")
@@ -208,6 +209,15 @@ def experiment(
     return Path("scratch", scale, "tuning", f"{stream}-{hashlib.sha256(data.encode()).hexdigest()[:6]}", f"{method}.toml")
 
 
+def experiment_at_hand(
+    method: str,           # name of a method
+    stream: str,           # name of a stream
+    files: Sequence[str] = (),    # of `stream_of`
+) -> Path | None:          # None: the method runs with its defaults
+    "The file that a method's settings come from, seen from the working folder: of a search on these data, else a published one."
+    return next(filter(Path.exists, [experiment(method, stream, data=data) for data in (*files[1:2], None)]), None)
+
+
 def words_for(
     method: str,           # name of a method
     stream: str,           # name of a stream
@@ -217,10 +227,25 @@ def words_for(
     files: Sequence[str] = (),    # of `stream_of`
 ) -> list[str]:            # what follows `strlora run`
     "The command line of one run among many: from the file that a search on these data or a publication left, with one thread."
-    places = [experiment(method, stream, data=data) for data in (*files[1:2], None)]
-    words = [str(file)] if (file := next(filter(Path.exists, places), None)) else ["--method", method, "--set", f"stream.name={stream}"]
+    file = experiment_at_hand(method, stream, files)
+    if file is None and not files: check_stream(method, stream)
+    words = [str(file)] if file else ["--method", method, "--set", f"stream.name={stream}"]
     words += [*files, "--seed", str(seed), "--threads", "1"] + [w for pair in settings for w in ("--set", pair)]
     return words + (["--limit", str(limit)] if limit is not None else [])
+
+
+def check_stream(
+    method: str,  # name of a method without a file
+    stream: str,  # name of a stream
+) -> None:
+    "Without a file, a stream must be one that the package makes; `windows-gemma3` is a folder of files only."
+    from strlora.data.mini.bench import STREAMS
+    if stream in STREAMS: return
+    file, error = experiment(method, stream), unknown("stream", stream, STREAMS, "--stream")
+    if stream.partition("-")[0] not in STREAMS: raise error
+    raise SpecError(expected=f"the file {file} of the repository, as the package itself makes no stream of this name",
+                    found="no such file from the working folder", where=f"--stream {stream}",
+                    remedy="Start in the first folder of a clone, or name a stream of the package: " + ", ".join(STREAMS) + ".")
 
 
 def stream_of(

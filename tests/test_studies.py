@@ -1,8 +1,10 @@
 "Fair search and comparison: budget, choice, seeds kept apart, processes side by side, what is written."
-import re
+import contextlib
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from small import make_base
 from test_cli import said
 
-from strlora import parallel, toml, tune
+from strlora import cli, compare, parallel, toml, tune
 from strlora.core import SpecError, TrainingError, read_json, write_json
 from strlora.data.mini.bench import REPORTING_SEEDS, TUNING_SEEDS
 from strlora.data.mini.export import export_mini
@@ -138,6 +140,40 @@ def test_dry_runs_start_nothing(place):
     rows = json.loads(said("compare", "lora", "strlora", "--dry-run", "--json")[1])
     assert [r["status"] for r in rows] == ["absent"] * 6 and "experiments" in rows[0]["command"]
     assert not Path("scratch").exists() and not Path("results").exists()
+
+
+def test_a_reference_that_does_not_run_is_refused_beforehand(place):
+    "Asked for, it must be among the methods; not asked for, the first stands in for StrLoRA, and that is said."
+    code, out, err = said("compare", "lora", "--seeds", "0", "--reference", "joint", "--dry-run")
+    assert code == 2 and not out and err.count("\n") == 1
+    assert all(word in err for word in ("--reference", "expected", "found joint", "strlora compare joint lora"))
+    for words, reference in ((["joint", "lora"], "joint, the first"), (["joint", "lora", "--reference", "lora"], ""),
+                             (["lora", "strlora"], ""), (["lora"], "")):
+        code, out, err = said("compare", *words, "--seeds", "0", "--dry-run", "--json")
+        assert code == 0 and json.loads(out) and (reference in err if reference else "reference" not in err), err
+
+
+def test_methods_without_a_file_are_named_before_they_run(place, monkeypatch):
+    begun, wanted = [], ["compare", "lora", "ewc", "--seeds", "0", "--reference", "lora"]
+    monkeypatch.setattr(compare, "work_off", lambda runs, jobs: begun.append(err.getvalue()))
+    for words in ([], ["--dry-run"]):
+        with contextlib.redirect_stderr(io.StringIO()) as err: assert cli.main([*wanted, *words]) < 2
+        assert "default settings, in chunks of 200 samples: ewc;" in err.getvalue()
+        assert "experiments/mini/windows/METHOD.toml" in err.getvalue()
+    assert len(begun) == 1 and "default settings" in begun[0]
+    assert "default settings" not in said("compare", "lora", "strlora", "--seeds", "0", "--dry-run")[2]
+
+
+@pytest.mark.parametrize("verb", [["compare", "lora"], ["ablate", "lora", "r=4"]])
+def test_a_folder_of_experiments_is_asked_for_where_it_is_missing(verb, place):
+    code, out, err = said(*verb, "--stream", "windows-gemma3", "--dry-run")
+    assert code == 2 and not out and "experiments/mini/windows-gemma3/lora.toml of the repository" in err and "Did you mean" not in err
+    file = Path("experiments/mini/windows-gemma3/lora.toml")
+    file.parent.mkdir()
+    file.write_text(Path("experiments/mini/windows/lora.toml").read_text())
+    assert said(*verb, "--stream", "windows-gemma3", "--dry-run")[0] == 0
+    code, _, err = said(*verb, "--stream", "windws", "--dry-run")
+    assert code == 2 and "unknown stream 'windws'. Did you mean 'windows'?" in err
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].adapter and not METHODS[m].follows])
