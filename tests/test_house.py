@@ -257,12 +257,6 @@ SETTLED = {
     "index.ipynb": ["eight times the rank"],
 }
 
-# Places that are known and wait for a computed number, or for words without one. No new ones.
-KNOWN: dict[str, list[str]] = {
-    "23_fig_choices.ipynb": ["LoRA got three runs more"],
-    "29_fig_reproduction.ipynb": [", 1 seed"],
-}
-
 
 def typed(
     text: str,       # of a page: prose, or a value with spaces
@@ -270,7 +264,7 @@ def typed(
     page: str = "",  # its name, for the exceptions
 ) -> list[str]:
     "Numbers that look measured: decimals, per cents, bare numbers set as code; of results also so many points, times, seeds, runs."
-    for words in SETTLED.get(page, []) + KNOWN.get(page, []): text = text.replace(words, " … ")
+    for words in SETTLED.get(page, []): text = text.replace(words, " … ")
     shown = re.sub(r"```.*?```|\]\([^)]*\)|arXiv:? ?[\d.]+", " ", text, flags=re.DOTALL)
     shown = re.sub(r"[\u00a0\u202f]|(?<!\n)\n(?![\n#])", " ", shown)  # lines of a paragraph are one
     for words in NAMED: shown = re.sub(words, " … ", shown, flags=re.MULTILINE)
@@ -338,11 +332,11 @@ def test_no_measured_number_is_typed(path):
     assert not [row for row in found if row[0]], "compute it, or say it without a number"
 
 
-@pytest.mark.parametrize("page", sorted(SETTLED | KNOWN))
+@pytest.mark.parametrize("page", sorted(SETTLED))
 def test_exceptions_are_in_use(page):
     "Once the words of a page have changed, their exceptions go; none covers what would not be found."
     said = [text for _, text in words_of(ROOT / "nbs" / page)]
-    for words in SETTLED.get(page, []) + KNOWN.get(page, []):
+    for words in SETTLED.get(page, []):
         assert any(words in text for text in said), f"no longer there, take it off the list: {words!r}"
         assert typed(words, bool(RESULTS.match(page))), f"needs no exception: {words!r}"
 
