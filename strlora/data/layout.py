@@ -22,7 +22,8 @@ HUB, WANTED = "hf://datasets/", ["train/data_*.json", "test/*/test.json", "test/
 
 
 def local_folder(
-    data: str | Path,  # a folder, or hf://datasets/OWNER/NAME[@REVISION]
+    data: str | Path,    # a folder, or hf://datasets/OWNER/NAME[@REVISION]
+    fetch: bool = True,  # may what is not on this machine be fetched?
 ) -> Path:
     "The folder with the files, fetched from the hub if need be; a `RecordError` if there is none."
     if not str(data).startswith(HUB):
@@ -31,7 +32,8 @@ def local_folder(
                           remedy=f"Give the folder of the benchmark, or {HUB}OWNER/NAME.")
     from huggingface_hub import snapshot_download
     name, _, revision = str(data).removeprefix(HUB).partition("@")
-    try: return Path(snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=WANTED))
+    try: return Path(snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=WANTED,
+                                       local_files_only=not fetch))
     except (OSError, ValueError) as error:
         raise RecordError(expected="a data set of the hub, or of its cache on this machine", where=data,
                           found=f"{type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}",

@@ -1,0 +1,127 @@
+"The page of `strlora report --html`: what was asked, from wherever it lies; streams apart; names that want to be something else."
+import contextlib
+import io
+import json
+import re
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from strlora import examples, page
+from strlora.artefacts import load_run
+from strlora.cli import main
+from strlora.core import write_json
+from strlora.data.mini.export import export_mini
+from strlora.data.released import released_stream
+from strlora.data.rules import score_rows, version_of
+
+matplotlib.use("agg")
+SIZE = {"chunks": 2, "chunk_size": 22, "test_size": 3, "proxy_size": 2}
+EVIL = "<script>alert(1)</script><img src=x onerror=y>"
+
+
+def run_on(data, folder, images="", method="lora", seed=0, **info):
+    "What a run over the files of a folder writes; right in its first chunk, wrong in the second."
+    stream = released_stream(data, images or data/"images")
+    rows = [{"after_chunk": k, "split": "proxy", "task": task, "sample_id": s.id, "form": s.form, "prompt_hash": "0",
+             "prediction": s.answer if k == 1 else "no", "answer": s.answer, "references": "\n".join(s.references),
+             "task_version": version_of(task)}
+            for k in range(3) for task, questions in stream.tested("proxy").items() for s in questions]
+    scores = score_rows(rows)
+    spec = {"method": method, "seed": seed, "scale": "mini", "stream": {"name": stream.name, "data": str(data), "images": str(images)}}
+    write_json(folder/"run.json", {"schema": 1, "method": method, "spec": spec, "status": "invented", **info})
+    write_json(folder/"stream.json", stream.manifest())
+    pd.DataFrame(rows).assign(score=scores).to_parquet(folder/"predictions.parquet")
+    return folder
+
+
+def said(*words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = main([str(w) for w in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def shown(run, file):
+    "The page of a run, by the command; nothing in it is fetched or runs."
+    code, _, err = said("report", run, "--html", file)
+    assert code == 0, err
+    text = file.read_text(encoding="utf-8")
+    assert "<script" not in text and not re.search(r"(src|href)=[\"'](?!data:)|<img src=x", text)
+    return text
+
+
+def headers(text): return re.findall(r'<div class="card"><header>(.*?)</header>', text)
+
+
+def change(path, edit):
+    path.write_text(json.dumps(edit(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    "A stream in files, as somebody has it whose questions want to be markup."
+    export_mini(tmp_path/"mine", seed=3, **SIZE)
+    for file in (tmp_path/"mine/test").glob("*/*.json"):
+        change(file, lambda rows: [{**row, "text": f"{row['text']} {EVIL}"} for row in rows])
+    return tmp_path/"mine"
+
+
+# --- questions in files --------------------------------------------------------------------------------------------
+
+def test_questions_and_pictures_of_a_stream_in_files_are_on_the_page(mine, tmp_path):
+    run = run_on(mine, tmp_path/"run")
+    found, stream = headers(shown(run, tmp_path/"page.html")), released_stream(mine)
+    asked = {s.id: s for questions in stream.tested("proxy").values() for s in questions}
+    assert found and all(card.startswith('<img src="data:image/png') and "&lt;script&gt;" in card for card in found)
+    assert not [card for card in found if "not at hand" in card or any(name in card for name in asked)], "words instead of names"
+    known = examples.asked(load_run(run))
+    assert {name: text for name, (text, _) in known.items()} == {name: s.instruction for name, s in asked.items()}
+    assert all(known[name][1]().tobytes() == s.images[0]().tobytes() for name, s in asked.items())
+
+
+def test_a_large_picture_is_scaled_down_and_kept_as_it_was():
+    from PIL import Image
+    large = Image.effect_noise((1600, 1200), 80).convert("RGB")
+    assert len(examples.embedded(large)) < 200_000 and large.size == (1600, 1200)
+
+
+def test_files_that_have_gone_are_named_on_the_cards(mine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_on(mine.relative_to(tmp_path), tmp_path/"run")
+    (mine/"images").rename(mine/"pictures")
+    found = headers(shown(run, tmp_path/"page.html"))
+    assert found and all("picture not at hand: no such file: " in card and "&lt;script&gt;" in card for card in found)
+    (mine/"train").rename(mine/"gone")
+    (mine/"test/GQA/test.json").write_text("no list")
+    assert any("(question not at hand: mine/test has it no more)" in text for text, _ in examples.asked(load_run(run)).values())
+    mine.rename(tmp_path/"elsewhere")
+    text = shown(run, tmp_path/"page.html")
+    assert all("(question not at hand: mine is gone)" in card for card in headers(text)) and str(tmp_path) not in text
+
+
+def test_a_test_set_that_has_gone_is_named(mine, tmp_path):
+    for file in (mine/"test/AD").glob("*.json"): change(file, lambda rows: [{k: v for k, v in row.items() if k != "task"} for row in rows])
+    run = run_on(mine, tmp_path/"run", images=mine/"images")
+    (mine/"test/AD/test.json").unlink()
+    known = load_run(run).predictions.drop_duplicates("sample_id").set_index("sample_id")["task"]
+    for name, (text, picture) in examples.asked(load_run(run)).items():
+        assert (picture is None) == (f"{mine}/test/AD/test.json is gone" in text) == (known[name] == "AD")
+
+
+def test_another_answer_is_another_question(mine, tmp_path):
+    run = run_on(mine, tmp_path/"run")
+    change(mine/"test/VQAv2/test.json", lambda rows: [{**row, "answer": "something else", "text": "Another question?"} for row in rows])
+    lost = [text for text, _ in examples.asked(load_run(run)).values() if "not at hand" in text]
+    assert len(lost) == SIZE["proxy_size"] and not any("Another" in text for text in lost)
+
+
+def test_a_page_fetches_nothing(mine, tmp_path, monkeypatch):
+    import huggingface_hub
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: calls.append(how["local_files_only"]) or str(mine))
+    run = run_on(mine, tmp_path/"run")
+    change(run/"run.json", lambda v: {**v, "spec": {**v["spec"], "stream": {**v["spec"]["stream"], "data": "hf://datasets/a/b"}}})
+    assert all(picture for _, picture in examples.asked(load_run(run)).values()) and calls == [True]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("not cached")))
+    assert page.page([load_run(run)]).count("(question not at hand: hf://datasets/a/b is gone)") > 1
