@@ -207,9 +207,11 @@ def do_report(args: argparse.Namespace) -> int:
         print(f"page       {page.write(loaded, args.html, args.split)}", file=sys.stderr)
     if args.json: print(report.summary_json(loaded, args.split))
     else:
-        side = report.to_text(report.compare(loaded, split=args.split)) if len(loaded) > 1 else ""
+        groups = report.by_stream(loaded, args.split) if len(loaded) > 1 else {}
+        side = {name: report.to_text(report.compare(some, split=args.split)) for name, some in groups.items()}
         for run in loaded: print(report.table(run, args.split), end="\n\n")
-        if side: print(side)
+        print("\n\n".join(f"stream {name}\n{text}" if len(side) > 1 else text for name, text in side.items()), end="\n" * bool(side))
+        if len(side) > 1: print("\nEach stream has a table of its own: different streams are not compared.")
     return 0
 
 

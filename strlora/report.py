@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SEEDS', 'BOUNDS', 'table', 'metrics', 'official_ap', 'to_markdown', 'to_html', 'to_text', 'sources_table',
-           'labels', 'flat_settings', 'summary', 'summary_json', 'compare', 'side', 'compared', 'Run', 'collect',
-           'inside_chunks', 'kept', 'load_run', 'moved', 'provenance', 'routing_precision', 'seeds_of', 't_interval']
+           'labels', 'flat_settings', 'summary', 'summary_json', 'compare', 'side', 'compared', 'Run', 'by_stream',
+           'collect', 'inside_chunks', 'kept', 'load_run', 'moved', 'provenance', 'routing_precision', 'seeds_of',
+           't_interval']
 
 # %% ../nbs/16_report.ipynb #b92daed3
 import html
@@ -24,8 +25,9 @@ from .data.metrics import METRICS, AP_k, measure  # noqa: F401
 from .data.rules import SETS
 from .kept import kept  # noqa: F401
 from .overlap import inside_chunks, moved, routing_precision, within_tasks  # noqa: F401
+from .streams import by_stream, one_scale  # noqa: F401
 
-_all_ = ["Run", "collect", "inside_chunks", "kept", "load_run", "moved", "provenance", "routing_precision", "seeds_of", "t_interval"]
+_all_ = ["Run", "by_stream", "collect", "inside_chunks", "kept", "load_run", "moved", "provenance", "routing_precision", "seeds_of", "t_interval"]
 
 # %% ../nbs/16_report.ipynb #416c7754
 def table(
@@ -158,15 +160,6 @@ def sources_table(
     return pd.DataFrame(rows)
 
 # %% ../nbs/16_report.ipynb #99c936b9
-def _one_scale(runs: Run | Iterable[Run]) -> list[Run]:
-    "Runs as a list, all of one scale."
-    runs = [runs] if isinstance(runs, Run) else list(runs)
-    if not runs: raise SpecError(expected="at least one run", found="none", remedy="Make one with `strlora run`.")
-    if len(scales := sorted({r.scale for r in runs})) > 1:
-        raise SpecError(expected="runs of one scale", found=" and ".join(scales), remedy="Report each scale in a table of its own.")
-    return runs
-
-
 def labels(
     runs: Sequence[Run],    # loaded runs
 ) -> list[str]:             # one a run: the method, and the settings in which its runs differ
@@ -200,7 +193,7 @@ def summary(
     split: str = "proxy",        # "proxy" | "full"
 ) -> pd.DataFrame:               # one row a run
     "Method, stream, seed, evaluated points, all metrics and the final score of each task, in points of 100."
-    runs, rows = _one_scale(runs), []
+    runs, rows = one_scale(runs), []
     for run, label in zip(runs, labels(runs), strict=True):
         scores = run.scores(split)
         official = official_ap(run, split)
@@ -215,7 +208,7 @@ def summary_json(
     split: str = "proxy",        # "proxy" | "full"
 ) -> str:                        # a JSON list, one object a run
     "`summary` for machines: metrics and tasks apart, null where a run cannot tell."
-    runs, out = _one_scale(runs), []
+    runs, out = one_scale(runs), []
     frame = summary(runs, split)
     for run, row in zip(runs, frame.to_dict("records"), strict=True):
         value = {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in row.items()}
@@ -236,7 +229,7 @@ def compare(
     draws: int = 1000,                                 # of the bootstrap
 ) -> pd.DataFrame:                                     # one row a metric and method, points of 100
     "Mean of each method and its paired difference from the reference, each with its 95 % interval over seeds and samples."
-    runs = _one_scale(runs)
+    runs = one_scale(runs)
     groups: dict[str, dict[Any, Run]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
         key = (run.stream["name"], run.stream["seed"], run.seed)

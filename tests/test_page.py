@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from strlora import examples, page
-from strlora.artefacts import load_run
+from strlora.artefacts import load_run, specimen
 from strlora.cli import main
-from strlora.core import write_json
+from strlora.core import SpecError, write_json
 from strlora.data.mini.export import export_mini
 from strlora.data.released import released_stream
 from strlora.data.rules import score_rows, version_of
@@ -125,3 +125,67 @@ def test_a_page_fetches_nothing(mine, tmp_path, monkeypatch):
     assert all(picture for _, picture in examples.asked(load_run(run)).values()) and calls == [True]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("not cached")))
     assert page.page([load_run(run)]).count("(question not at hand: hf://datasets/a/b is gone)") > 1
+
+
+# --- runs of several streams ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    "Two methods on one stream, one of them on another as well."
+    place = tmp_path_factory.mktemp("mixed")
+    folders = [specimen(place/name, method, 0, chunks=4, tasks=("ocr", "vqa", "textcaps"), questions=4, experts=4 * (method == "strlora"))
+               for name, method in (("a", "strlora"), ("b", "lora"), ("c", "lora"))]
+    for name in ("run", "stream"):
+        renamed = json.dumps(json.loads((folders[2]/f"{name}.json").read_text())).replace("invented", "other")
+        (folders[2]/f"{name}.json").write_text(renamed, encoding="utf-8")
+    return folders
+
+
+def test_streams_have_tables_of_their_own(mixed):
+    text = page.page(map(load_run, mixed))
+    scores = text.split("<h2>Scores</h2>")[1].split("<h2>")[0]
+    one, other = scores.split("<h3>invented</h3>")[1].split("<h3>other</h3>")
+    assert "different streams are not compared" in scores and scores.count("<th>difference</th>") == one.count("<th>difference</th>") == 1
+    assert "<td>strlora</td>" in one and "<td>lora</td>" in one and "<td>strlora</td>" not in other and "<td>lora</td>" in other
+    assert "from strlora, over the <b>pairs</b>" in scores and "<th>pairs</th>" not in other
+    for head in ("Over the stream", "Examples"):
+        part = text.split(f"<h2>{head}</h2>")[1].split("<h2>")[0]
+        one, other = part.split("<h3>invented</h3>")[1].split("<h3>other</h3>")
+        assert (one.count("<img"), other.count("<img")) == ((3, 2) if head == "Over the stream" else (0, 0))
+        if head == "Examples":
+            assert "Chosen by rule from strlora, seed 0" in one and "Chosen by rule from lora, seed 0" in other
+            assert one.count('class="strip"') == 2 * one.count('class="card"') > 0 and other.count('class="strip"') == other.count('class="card"') > 0
+
+
+def test_a_legend_explains_the_columns_that_there_are(mixed):
+    text = page.page(map(load_run, mixed[1:]))
+    assert "are not compared" in text and not any(word in text for word in ("<th>pairs</th>", "<b>difference</b>", "<b>p (t)</b>"))
+    text = page.page(map(load_run, mixed[:2]))
+    assert "are not compared" not in text and "<h3>" not in text and "<b>difference</b>" in text
+    with pytest.raises(SpecError, match="reference"): page.page(map(load_run, mixed), reference="ewc")
+
+
+def test_runs_whose_answers_are_not_shown_are_named(mixed, tmp_path):
+    runs = [load_run(mixed[0]), load_run(specimen(tmp_path, "lora", 1, chunks=4, tasks=("ocr", "vqa", "textcaps"), questions=4))]
+    text = page.page(runs)
+    assert "Not shown: lora, seed 1, which answered other questions." in text
+    assert "no differences are given" in text and "<th>pairs</th>" not in text and "<b>difference</b>" not in text
+
+
+def test_the_command_prints_a_table_a_stream(mixed):
+    code, out, err = said("report", *mixed)
+    assert code == 0, err
+    _, one, other = re.split(r"^stream \w+$", out, flags=re.M)
+    assert [line.split()[:3] for line in one.strip().splitlines()][1:3] == [["MAP", "strlora", "1"], ["MAP", "lora", "1"]]
+    assert other.count("lora") == 3 and "strlora" not in other and out.rstrip().endswith("different streams are not compared.")
+    alone = said("report", *mixed[:2])[1]
+    assert "stream " not in alone and "not compared" not in alone and alone.rstrip().endswith(one.strip())
+    assert "stream " not in said("report", mixed[0])[1]
+
+
+def test_other_files_under_one_name_are_another_stream(mine, tmp_path):
+    first = run_on(mine, tmp_path/"first")
+    change(mine/"train/data_001.json", lambda rows: rows[::-1])
+    second = run_on(mine, tmp_path/"second", method="ewc")
+    text = page.page(map(load_run, (first, second)))
+    assert len(set(re.findall(r"<h3>(windows \(files: [0-9a-f]{8}\))</h3>", text))) == 2 and "<th>pairs</th>" not in text
