@@ -57,8 +57,10 @@ def clouds(
             mine, said = found[found["kind"] == kind], numbers.loc[kind]
             points = laid_out(mine[["x", "y"]].to_numpy(float))
             for i, (task, colour) in enumerate(zip(tasks, colours, strict=False)):
-                axes.scatter(*points[mine["task"] == task].T, s=6, marker="os^"[i % 3], color=colour, linewidth=0, label=task)
-            axes.set(title=kind, xticks=[], yticks=[], xlabel=f"silhouette {said['silhouette']:.2f}, probe {said['probe']:.0f} %")
+                axes.scatter(*points[mine["task"] == task].T, s=6, marker="os^"[i % 3], color=colour, linewidth=0,
+                             label=style.literal(task))
+            axes.set(title=style.literal(kind), xticks=[], yticks=[],
+                     xlabel=f"silhouette {said['silhouette']:.2f}, probe {said['probe']:.0f} %")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", markerscale=2.5, fontsize=8)
         asked = len(found) // found["kind"].nunique()
         style.headline(figure, "What tells tasks apart before anything is trained")

@@ -59,7 +59,7 @@ def ratios(
             axes.annotate(f"{row['ratio']:.2f}", (end, y), xytext=(6, 0), textcoords="offset points", va="center",
                           color=style.FAINT, fontsize=8)
         axes.axvline(1, color=style.RULE, zorder=0)
-        axes.set(yticks=range(len(rows)), yticklabels=rows["name"], title=title, xlabel="ratio")
+        axes.set(yticks=range(len(rows)), yticklabels=map(style.literal, rows["name"]), title=title, xlabel="ratio")
         axes.margins(x=0.12)
         aims = " Black: what was aimed at; red: missed." if rows["target"].notna().any() else ""
         style.caption(figure, f"Lines: 95 % intervals.{aims}")
@@ -82,8 +82,9 @@ def course(
             first = group.iloc[1]  # the first point holds what is done once
             for axis, column, smooth in zip(axes, ("seconds", "numbers"), (15, 1), strict=True):
                 y = group[column].rolling(smooth, center=True, min_periods=1).median() / first[column]
-                axis.plot(group["chunk"], y, color=colour, linestyle=dash, linewidth=1.3, label=name,
-                          zorder=3 if method in shown else 1, gid=f"{column}:{method}")
+                axis.plot(group["chunk"], y, color=colour, linestyle=dash, linewidth=1.3,
+                          label=style.literal(name) if method in shown else name, zorder=3 if method in shown else 1,
+                          gid=f"{column}:{method}")
         axes[0].set(xlabel="chunk", ylabel="time of a chunk, relative", ylim=(0, None), title="Time")
         axes[1].set(xlabel="chunk", ylabel="numbers kept, relative", ylim=(0, None), title="State")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

@@ -54,7 +54,7 @@ def line(
     if len(values) == 1 and chunks > 1: mean = pd.Series(mean.iloc[0], [0, chunks])
     elif values.shape[1] > 1:
         axes.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.16, linewidth=0)
-    axes.plot(mean.index, mean, color=colour, linestyle=dash, linewidth=width, zorder=3, label=shown, gid=f"method:{method}",
+    axes.plot(mean.index, mean, color=colour, linestyle=dash, linewidth=width, zorder=3, label=style.literal(shown), gid=f"method:{method}",
               marker="o" if len(mean) == 1 else None, markersize=3 * width)
     return float(mean.iloc[-1])
 
@@ -106,7 +106,7 @@ def _end_label(method: str, group: Sequence[Run], split: str, count: bool) -> st
     values = pd.DataFrame([measure(r.scores(split), r.counts, r.definition(split)) for r in group]).mean()
     names = ("final AP",) if np.isnan(values["MAF"]) else ("MAP", "MAF")
     numbers = [f"{name} {round(values[name], 1) + 0.0:.1f}" for name in names]  # never -0.0
-    return "\n".join([look(method)[0] + (f" ({len(group)} seeds)" if count else ""), " · ".join(numbers)]).strip()
+    return style.literal("\n".join([look(method)[0] + (f" ({len(group)} seeds)" if count else ""), " · ".join(numbers)]).strip())
 
 
 def _note(runs: Sequence[Run], whose: str, split: str) -> str:
@@ -165,7 +165,7 @@ def accuracy_by_task(
             for method, group in style.by_method(runs).items():
                 line(axes, method, task_curves(group, task, split) if task else curves(group, split), K)
             axes.axhline(50, color=style.RULE, linewidth=0.6, zorder=0)
-            axes.set(title=task or "mean of the tasks seen", ylim=(0, 100), yticks=[0, 50, 100], xlim=(-0.5, K + 0.5))
+            axes.set(title=style.literal(task or "mean of the tasks seen"), ylim=(0, 100), yticks=[0, 50, 100], xlim=(-0.5, K + 0.5))
             axes.set_xticks(sorted({0, K, *([K // 2] if K > 4 else [])}))
         handles, names = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper right", ncols=len(names), fontsize=8.5)

@@ -62,7 +62,7 @@ def frame(
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             axes.set_axisbelow(True)
-        left.set(yticks=rows, yticklabels=tasks, ylim=(len(tasks) - 0.5, -0.5))
+        left.set(yticks=rows, yticklabels=map(style.literal, tasks), ylim=(len(tasks) - 0.5, -0.5))
         style.headline(figure, f"{look(run.method)[0]}, chunks {after} to {until} of {len(run.counts)}")
         style.caption(figure, f"Middle: share of the weight over tokens in the last layer with experts. {style.about([run], split)}")
     return figure

@@ -49,7 +49,7 @@ def score_heatmap(
         mesh = style.heat(axes, scores.T, 100)
         for x, y in np.argwhere(trained.to_numpy()):
             axes.plot(x, y, "o", markersize=3, color="white" if scores.iloc[x, y] > 45 else style.INK, gid="trained")
-        axes.set(xlabel="after chunk (0: before training)", title=f"Scores of {look(run.method)[0]}")
+        axes.set(xlabel="after chunk (0: before training)", title=style.literal(f"Scores of {look(run.method)[0]}"))
         style.colour_bar(figure, mesh, axes, "score (points of 100)")
         style.caption(figure, f"Dots: tasks that the chunk trained. {style.about([run], split)}.")
     return axes
@@ -71,7 +71,7 @@ def _nothing(run: Run) -> Axes:
     "A picture that says that there is nothing to show."
     _, axes = plt.subplots(figsize=(6, 1.2), layout="constrained")
     words = f"{look(run.method)[0]} has no experts to choose from: nothing is routed."
-    axes.text(0.5, 0.5, words, ha="center", va="center", color=style.FAINT)
+    axes.text(0.5, 0.5, style.literal(words), ha="center", va="center", color=style.FAINT)
     axes.axis("off")
     return axes
 
@@ -97,7 +97,7 @@ def expert_activation(
         figure, (axes, side) = plt.subplots(1, 2, figsize=(3.4 + wide, 1.4 + 0.3 * s), sharey=True, layout="constrained",
                                             width_ratios=[wide, 1.5])
         style.heat(axes, weight, max(weight.to_numpy().max(), 100 / e), gaps=1, numbers=e <= 16, shown=16)
-        axes.set(xlabel="expert", title=f"Experts per task, {look(run.method)[0]}")
+        axes.set(xlabel="expert", title=style.literal(f"Experts per task, {look(run.method)[0]}"))
         _entropies(side, entropy(weight / 100), e)
         style.caption(figure, f"Cells: share of the weight in %, over tokens, after chunk {after_chunk}, layer {where}.\n"
                         f"Right: entropy of a row; dashed: all {e} experts alike. Stream {run.stream['name']}, seed {run.seed}.")
@@ -163,7 +163,7 @@ def first_experts(
         for (y, x), expert in np.ndenumerate(first.to_numpy()):
             said, ink = (str(expert), "white" if share.iloc[y, x] > 45 else style.INK) if share.iloc[y, x] else ("–", style.FAINT)
             axes.text(x, y, said, ha="center", va="center", fontsize=8, color=ink)
-        axes.set(xlabel="after chunk", title=f"First expert per task, {look(run.method)[0]}")
+        axes.set(xlabel="after chunk", title=style.literal(f"First expert per task, {look(run.method)[0]}"))
         style.colour_bar(figure, mesh, axes, "share of the weight (%)")
         left = "" if own is weight else f",\nboth without the {shared.sum()} of {len(shared)} that serve all tasks alike"
         style.caption(figure, f"Number: the expert that weighs most; colour: its share{left}. Mean over tokens.\n"
@@ -188,8 +188,8 @@ def comparison(
                 axes.plot(row["mean"], y, "|", color=colour, markersize=13, markeredgewidth=2.2, gid=f"mean:{method}")
                 dots = summary.loc[summary["method"] == method, name]
                 axes.plot(dots, [y] * len(dots), "o", color=colour, markersize=3.6, markeredgecolor="white", markeredgewidth=0.5)
-            axes.set(title=name, xlabel="points of 100", yticks=range(len(methods)), yticklabels=[look(m)[0] for m in methods],
-                     ylim=(len(methods) - 0.5, -0.5))
+            axes.set(title=name, xlabel="points of 100", yticks=range(len(methods)),
+                     yticklabels=[style.literal(look(m)[0]) for m in methods], ylim=(len(methods) - 0.5, -0.5))
             axes.grid(axis="x")
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)

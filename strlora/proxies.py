@@ -56,7 +56,7 @@ def against(
         axes.plot([0, 100], [0, 100], color=style.RULE, linewidth=1, zorder=0)
         for method, some in found.groupby("method", sort=False):
             name, colour, _ = style.look(method)
-            axes.plot(some["full"], some["proxy"], "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0, label=name,
+            axes.plot(some["full"], some["proxy"], "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0, label=style.literal(name),
                       gid=f"pairs:{method}")
         axes.set(xlabel="full test set, points of 100", ylabel="proxy, points of 100", xlim=(-2, 102), ylim=(-2, 102))
         axes.legend(loc="lower right", fontsize=8)

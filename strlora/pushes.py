@@ -61,8 +61,9 @@ def _pairs(table: pd.DataFrame, column: str, label: str, rows: str, columns: str
         for axes, method in zip(grid[0], methods, strict=True):
             some = table[table["method"] == method].pivot_table(index="task", columns="other", values=column).loc[tasks, tasks]
             mesh = axes.pcolormesh(edges, edges, some, edgecolor="white", linewidth=0.6, gid=f"{column}:{method}", **how)
-            axes.set(title=style.look(method)[0], xlabel=columns, xticks=range(len(tasks)), yticks=range(len(tasks)), yticklabels=tasks)
-            axes.set_xticklabels(tasks, rotation=90)
+            axes.set(title=style.literal(style.look(method)[0]), xlabel=columns, xticks=range(len(tasks)), yticks=range(len(tasks)))
+            axes.set_yticklabels(map(style.literal, tasks))
+            axes.set_xticklabels(map(style.literal, tasks), rotation=90)
             axes.set_ylim(len(tasks) - 0.5, -0.5)
             axes.tick_params(length=0)
             for side in axes.spines.values(): side.set_visible(False)

@@ -82,9 +82,9 @@ def values(
                 used = order.index(found["value"].iloc[0])
                 axes.plot(used, wide.mean(axis=1).iloc[used], "o", markersize=9, markerfacecolor="none", color=style.look("lora")[1],
                           gid="used")
-                axes.set(xticks=range(len(order)), xticklabels=order, xlim=(-0.4, len(order) - 0.6))
+                axes.set(xticks=range(len(order)), xticklabels=map(style.literal, order), xlim=(-0.4, len(order) - 0.6))
                 axes.grid(axis="y")
-            column[0].set_title(title)
+            column[0].set_title(style.literal(title))
         for name, axes in zip(names, grid[:, 0], strict=True): axes.set_ylabel(f"{name} (points of 100)")
         seeds = " or ".join(map(str, sorted({found["seed"].nunique() for found in tables.values()})))
         style.caption(figure, f"{'Thin' if joined else 'Small'}: one seed; dots: mean of {seeds} seeds; ring: the value in use.")
@@ -105,13 +105,14 @@ def steps(
             for method in methods:
                 (shown, colour, dash), rows = style.look(method), found[found["method"] == method]
                 mean = rows.groupby("step", sort=False)[name].mean().reindex(order)
-                axes.plot(range(len(order)), mean, color=colour, linestyle=dash, linewidth=1.6, label=shown, gid=f"line:{method}")
+                axes.plot(range(len(order)), mean, color=colour, linestyle=dash, linewidth=1.6, label=style.literal(shown),
+                          gid=f"line:{method}")
                 axes.plot([order.index(step) for step in rows["step"]], rows[name], "o", color=colour, markersize=3.2,
                           markeredgecolor="white", markeredgewidth=0.5)
             axes.set(title=name, xticks=range(len(order)), ylabel=unit)
             every = -(-len(order) // 6)
-            axes.set_xticklabels([step if (len(order) - 1 - i) % every == 0 else "" for i, step in enumerate(order)], rotation=20,
-                                 ha="right")
+            named = [style.literal(step) if (len(order) - 1 - i) % every == 0 else "" for i, step in enumerate(order)]
+            axes.set_xticklabels(named, rotation=20, ha="right")
             axes.grid(axis="y")
         handles, shown = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, shown, loc="outside right upper", fontsize=8)
@@ -151,15 +152,15 @@ def leads(
             axes.set_xlim(left, right)
             axes.axvline(0, color=style.FAINT, linewidth=0.8, zorder=0)
             axes.set(title=name, xlabel="ahead of it, points" if others else "lead, points", yticks=list(places.values()),
-                     yticklabels=[style.look(m)[0] for _, m in places])
+                     yticklabels=[style.literal(style.look(m)[0]) for _, m in places])
             axes.set_ylim(max(places.values(), default=0) + 0.7, -0.9)
             axes.grid(axis="x")
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
         for title in tables if len(tables) > 1 else ():
             top = min(y for (of, _), y in places.items() if of == title)
-            grid[0][0].annotate(title, (0, top - 0.75), xycoords=("axes fraction", "data"), fontweight="bold", fontsize=8.5, va="center",
-                                xytext=(-4, 0), textcoords="offset points", ha="right")
+            grid[0][0].annotate(style.literal(title), (0, top - 0.75), xycoords=("axes fraction", "data"), fontweight="bold", fontsize=8.5,
+                                va="center", xytext=(-4, 0), textcoords="offset points", ha="right")
         ahead = {m for t in tables.values() for m in t.loc[t["pairs"].isna(), "method"]}
         better = "better than {}" if others else "{} is better"
         cut = " Arrow: two seeds, whose interval goes on." if any(t["pairs"].eq(2).any() for t in tables.values()) else ""

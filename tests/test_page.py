@@ -1,14 +1,17 @@
 "The page of `strlora report --html`: what was asked, from wherever it lies; streams apart; names that want to be something else."
 import contextlib
+import html
 import io
 import json
 import re
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
-from strlora import examples, page
+from strlora import examples, page, plots, report
 from strlora.artefacts import load_run, specimen
 from strlora.cli import main
 from strlora.core import SpecError, write_json
@@ -189,3 +192,49 @@ def test_other_files_under_one_name_are_another_stream(mine, tmp_path):
     second = run_on(mine, tmp_path/"second", method="ewc")
     text = page.page(map(load_run, (first, second)))
     assert len(set(re.findall(r"<h3>(windows \(files: [0-9a-f]{8}\))</h3>", text))) == 2 and "<th>pairs</th>" not in text
+
+
+# --- names that want to be something else --------------------------------------------------------------------------
+
+HOSTILE = ["my$\\frac$x", "$", "$$", r"a\\$b$", "$\\undefined{$", "_hidden", "{%s}", "<b>&", "two\nlines"]
+
+
+@pytest.fixture
+def named(tmp_path):
+    "A maker of runs whose method, stream and unknown task are called as one likes."
+    def make(name, experts=4):
+        folder = specimen(tmp_path/"named", chunks=3, tasks=("ocr", "vqa"), questions=2, experts=experts)
+        change(folder/"run.json", lambda v: {**v, "method": name, "spec": {**v["spec"], "method": name, "model": {"base": f"base/{name}"}}})
+        change(folder/"stream.json", lambda v: {**v, "name": name, "chunks": [{**c, "composition": {**c["composition"], name: 7}} for c in v["chunks"]]})
+        return load_run(folder)
+    return make
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_are_drawn_as_they_are_written(named, tmp_path, name):
+    run = named(name)
+    assert len(plots.pictures(run, tmp_path)) == 3
+    text = page.write([run], tmp_path/"page.html").read_text(encoding="utf-8")
+    assert "<b>&<" not in text and html.escape(name) in text
+    draw = (plots.accuracy_over_stream, plots.accuracy_by_task, plots.score_heatmap, plots.expert_activation, plots.experts_over_stream,
+            plots.first_experts, lambda r: plots.composition(r.stream), lambda r: plots.accuracy_panels([r]),
+            lambda r: plots.comparison(report.compare([r], draws=5), report.summary([r])))
+    for axes in map(lambda f: f(run), draw):
+        figure = (axes[0] if isinstance(axes, list) else axes).figure
+        figure.canvas.draw()
+        assert not [text.get_text() for text in figure.findobj(Text) if text._preprocess_math(text.get_text())[1]], "no mathematics"
+    plt.close("all")
+
+
+def test_a_name_with_dollars_is_seen_in_the_picture(named, tmp_path):
+    drawn = plots.save(plots.accuracy_over_stream(named("my$\\frac$x")), tmp_path/"drawn.svg").read_text(encoding="utf-8")
+    assert drawn.count("my$\\frac$x") >= 4 and "\\$" not in drawn, "the line, the task, the stream and the base"
+    legend = plots.accuracy_by_task(named("_hidden"))[0].figure.legends[0]
+    assert [t.get_text().strip("\u200b") for t in legend.get_texts()] == ["_hidden"]
+
+
+def test_who_routes_nothing_is_named(named):
+    run = named("$\\frac$", experts=0)
+    (run.folder/"routing.parquet").unlink(missing_ok=True)
+    plots.expert_activation(load_run(run.folder)).figure.canvas.draw()
+    plt.close("all")
