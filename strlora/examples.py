@@ -121,7 +121,8 @@ def opened(
 STYLE = """<style>
 .cards{display:flex;flex-wrap:wrap;gap:12px;font:13px/1.4 system-ui,sans-serif}
 .card{border:1px solid #8885;border-radius:6px;padding:10px;max-width:420px;flex:1 1 320px}
-.card header{display:flex;gap:10px;margin-bottom:6px}.card header img{image-rendering:auto;border-radius:3px;flex:none;max-height:160px;object-fit:contain}
+.card header{display:flex;gap:10px;margin-bottom:6px}
+.card header img{image-rendering:auto;border-radius:3px;flex:none;max-height:160px;object-fit:contain}
 .card header>div{min-width:0;overflow-wrap:anywhere}.card header small{flex:0 0 96px;opacity:.8;overflow-wrap:anywhere}
 .card .who{margin-top:6px;font-weight:600}.card .said{opacity:.8;overflow-wrap:anywhere}.card summary{cursor:pointer}
 .strip{display:flex;gap:1px}.strip i{flex:1;height:14px;border:1px solid #1c7c8c;box-sizing:border-box;border-radius:2px}
@@ -176,6 +177,7 @@ def cards(
     for name in names:
         row = next(r for r in runs[0].predictions.itertuples() if r.sample_id == name and r.split == split)
         text, picture = known.get(name, (name, None))
-        head = f"<header>{opened(picture, text)}<div><b>{html.escape(row.task)}</b><br>{html.escape(text)}<br>→ {html.escape(row.answer)}</div></header>"
+        said = f"<b>{html.escape(row.task)}</b><br>{html.escape(text)}<br>→ {html.escape(row.answer)}"
+        head = f"<header>{opened(picture, text)}<div>{said}</div></header>"
         out.append(f'<div class="card">{head}{"".join(strip(run, name, split) for run in runs)}</div>')
     return f'{STYLE}<div class="cards">{"".join(out)}</div>'

@@ -27,7 +27,8 @@ from .kept import kept  # noqa: F401
 from .overlap import inside_chunks, moved, routing_precision, within_tasks  # noqa: F401
 from .streams import by_stream, one_scale  # noqa: F401
 
-_all_ = ["Run", "by_stream", "collect", "inside_chunks", "kept", "load_run", "moved", "provenance", "routing_precision", "seeds_of", "t_interval"]
+_all_ = ["Run", "by_stream", "collect", "inside_chunks", "kept", "load_run", "moved", "provenance", "routing_precision",
+         "seeds_of", "t_interval"]
 
 # %% ../nbs/16_report.ipynb #416c7754
 def table(
