@@ -68,17 +68,19 @@ def in_files(
     from strlora.data.released import sample_of
     from strlora.data.rows import records
     data, images = (run.info["spec"]["stream"].get(name, "") for name in ("data", "images"))
-    rows, found, known = list(run.predictions.drop_duplicates("sample_id").itertuples()), {}, {}
+    rows, found, known, faulty = list(run.predictions.drop_duplicates("sample_id").itertuples()), {}, {}, {}
     lost = lambda row, gone: (f"{row.sample_id} (question not at hand: {gone})", None)
     try: folder = local_folder(data, fetch=False)
     except RecordError: return {row.sample_id: lost(row, f"{data} is gone") for row in rows}
     for file in [f"test/{name}/test.json" for name in SETS]:
-        try: table = records(folder, file)
-        except RecordError: continue
-        for i, row in enumerate(table): found[row["id"]] = sample_of(row, Path(images or folder/"images"), file, i)
+        try:
+            for i, row in enumerate(records(folder, file)): found[row["id"]] = sample_of(row, Path(images or folder/"images"), file, i)
+        except RecordError as error:
+            faulty[file] = f"{data}/{file} " + (f"cannot be read: {error.found}" if (folder/file).exists() else "is gone")
     for row in rows:
         sample, file = found.get(row.sample_id), f"test/{row.task}/test.json"
-        gone = f"{data}/{file} is gone" if row.task in SETS and not (folder/file).exists() else f"{data}/test has it no more"
+        unread = "; ".join(fault for fault in faulty.values() if "cannot be read" in fault)
+        gone = faulty.get(file) or unread or f"{data}/test has it no more"
         same = sample is not None and (sample.answer, "\n".join(sample.references)) == (row.answer, row.references)
         known[row.sample_id] = (sample.instruction, sample.images[0]) if sample and same else lost(row, gone)
     return known

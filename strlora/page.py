@@ -96,13 +96,14 @@ def legend(
     reference: str,                  # label that others are compared with; empty: each table has its own
 ) -> str:                            # HTML
     "What the numbers are, and how much they can say."
-    seeds = min(int(frame["seeds"].min()) for frame in tables)
+    seeds, most = (of(int(of(frame["seeds"])) for frame in tables) for of in (min, max))
     words = [f"Points of 100 from answers to the {'proxies' if split == 'proxy' else 'full test sets'}.",
              "<b>MAP</b>: the mean score of the tasks seen so far, averaged over the stream; higher is better.",
              "<b>MAF</b>: how far tasks have fallen below their own best; lower is better, and below zero they went on improving.",
              "<b>final AP</b>: the mean score after the last chunk.",
              "<b>low, high</b>: a 95 % interval over " + (
-                 "seeds and samples." if seeds > 1 else "samples; one seed says nothing about others.")]
+                 "seeds and samples." if seeds > 1 else "samples; one seed says nothing about others." if most == 1 else
+                 "seeds and samples, of one seed over its samples.")]
     if len(tables) > 1: words.insert(0, "Each stream has a table of its own: different streams are not compared.")
     if any("difference" in frame for frame in tables):
         words += [f"<b>difference</b>: from {html.escape(reference) or 'the first method'}, over the <b>pairs</b> of runs on the same "
@@ -113,7 +114,7 @@ def legend(
         words.append("Where no two methods share a seed, no differences are given.")
     words.append("<b>First-exposure gain</b>: what a task gains in the first chunk that trains it; <b>retention gap</b>: what it loses "
                  "while it is away; <b>reinforcement gain</b>: what it regains when it comes back.")
-    if seeds < 5: words.append("Fewer than five seeds rank nothing.")
+    if seeds < report.FEW: words.append("Fewer than five seeds rank nothing.")
     return f"<p class=quiet>{' '.join(words)}</p>"
 
 

@@ -194,7 +194,7 @@ def comparison(
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
         seeds = " or ".join(map(str, sorted(set(table["seeds"]))))
-        style.caption(figure, f"Mark: mean; bar: 95 % interval over seeds and samples; dots: {seeds} seeds.")
+        style.caption(figure, f"Mark: mean; bar: 95 % interval over seeds and samples, of one seed over its samples; dots: {seeds} seeds.")
     return list(grid[0])
 
 # %% ../nbs/17_plots.ipynb #26d5fb13

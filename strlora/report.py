@@ -110,10 +110,10 @@ def official_ap(
 
 # %% ../nbs/16_report.ipynb #dc1394cc
 def _text(value: Any, digits: int, column: Any = "") -> str:
-    "A cell: a dash for nothing, p values to three digits, and to four where three could hide on which side of 0.05 they are."
+    "A cell: a dash for nothing, p values to three digits, and never rounded over 0.05."
     if value is None or value is pd.NA or isinstance(value, float) and np.isnan(value): return "–"
     if isinstance(value, float) and str(column).startswith("p ("):
-        return "<0.001" if value < 0.001 else f"{value:.{4 if abs(value - 0.05) < 0.0005 else 3}f}"
+        return "<0.001" if value < 0.001 else "<0.05" if 0.0495 <= value < 0.05 else f"{value:.3f}"
     return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)   # never -0.0
 
 
@@ -229,7 +229,7 @@ def compare(
     split: str = "proxy",                              # "proxy" | "full"
     draws: int = 1000,                                 # of the bootstrap
 ) -> pd.DataFrame:                                     # one row a metric and method, points of 100
-    "Mean of each method and its paired difference from the reference, each with its 95 % interval over seeds and samples."
+    "Means and paired differences from the reference with 95 % intervals over seeds and samples, of one seed over its samples."
     runs = one_scale(runs)
     groups: dict[str, dict[Any, Run]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
@@ -249,7 +249,8 @@ def compare(
             row = {"metric": name, "method": label, "seeds": len(group), "mean": mean, "low": low, "high": high}
             if reference is not None and label != reference:
                 row |= _difference(name, label, reference, groups, drawn, point, split)
-                if next(iter(group.values())).method in BOUNDS: row |= {"p (t)": np.nan, "p (signs)": np.nan}
+                if {next(iter(some.values())).method for some in (group, groups[reference])} & set(BOUNDS):
+                    row |= {"p (t)": np.nan, "p (signs)": np.nan}
             rows.append(row)
     frame = pd.DataFrame(rows)
     if "pairs" in frame: frame["pairs"] = frame["pairs"].astype("Int64")
@@ -288,12 +289,13 @@ def compared(
     ahead: bool = False,   # instead of differences, by how much the reference is ahead: plus always speaks for it
 ) -> str:                  # Markdown
     "A comparison for a page: a table a metric, best means first."
-    parts, word = [], "lead" if ahead else "difference"
+    parts, word, p = [], "lead" if ahead else "difference", ["p (t)", "p (signs)", "p (Holm)"]
+    table = table.reindex(columns=list(dict.fromkeys([*table.columns, "difference", "d low", "d high", *p])))  # where nobody shares a seed
     for name, rows in table.dropna(subset="mean").groupby("metric", sort=False):
         rows, sign = rows.sort_values("mean", ascending=name == "MAF").set_index("method"), -1 if ahead and name != "MAF" else 1
         mean = [f"{m:.1f} ({low:.1f} to {high:.1f})" for m, low, high in rows[["mean", "low", "high"]].to_numpy(float)]
         gaps = [(d, *sorted(ends)) for d, *ends in sign * rows[["difference", "d low", "d high"]].to_numpy(float).round(1) + 0.0]  # no -0.0
         by = ["–" if np.isnan(d) else f"{d:+.1f} ({low:+.1f} to {high:+.1f})" for d, low, high in gaps]
         shown = rows.assign(mean=mean, **{word: by}).reset_index()
-        parts.append(f"**{name}**\n\n" + to_markdown(shown[["method", "mean", word, "p (t)", "p (signs)", "p (Holm)"]]))
+        parts.append(f"**{name}**\n\n" + to_markdown(shown[["method", "mean", word, *p]]))
     return "\n\n".join(parts)

@@ -44,6 +44,6 @@ def by_stream(
     called = {}
     for key, some in groups.items():
         peers = [dict(other) for other in groups if dict(other)["name"] == dict(key)["name"]]
-        apart = [f"{what}: {value or 'none'}" for what, value in key if len({peer[what] for peer in peers}) > 1]
+        apart = [f"{what}: {'none' if value in (None, '') else value}" for what, value in key if len({peer[what] for peer in peers}) > 1]
         called[dict(key)["name"] + (f" ({', '.join(apart)})" if apart else "")] = some
     return called

@@ -142,7 +142,7 @@ def leads(
             left, right = np.nanmin(inside) - margin, np.nanmax(inside) + margin
             for (title, method), y in places.items():
                 row = of[title, method]
-                colour, held = style.look(method)[1], row["pairs"] >= FEW and row["p (Holm)"] < alpha
+                colour, held = style.look(method)[1], row["pairs"] >= FEW and row["p (Holm)"] < alpha and row["d low"] * row["d high"] > 0
                 axes.plot([sign * row["d low"], sign * row["d high"]], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
                 axes.plot(sign * row["difference"], y, "o", color=colour, markerfacecolor=colour if held else "white", markersize=5,
                           gid=f"lead:{title}:{method}")
@@ -158,12 +158,14 @@ def leads(
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
         for title in tables if len(tables) > 1 else ():
-            top = min(y for (of, _), y in places.items() if of == title)
+            if not (rows_of := [y for (of, _), y in places.items() if of == title]): continue
+            top = min(rows_of)
             grid[0][0].annotate(style.literal(title), (0, top - 0.75), xycoords=("axes fraction", "data"), fontweight="bold", fontsize=8.5,
                                 va="center", xytext=(-4, 0), textcoords="offset points", ha="right")
         ahead = {m for t in tables.values() for m in t.loc[t["pairs"].isna(), "method"]}
         better = "better than {}" if others else "{} is better"
-        cut = " Arrow: two seeds, whose interval goes on." if any(t["pairs"].eq(2).any() for t in tables.values()) else ""
+        arrows = any(str(part.get_gid()).startswith("beyond") for axes in grid[0] for part in axes.lines)
+        cut = " Arrow: two seeds, whose interval goes on." if arrows else ""
         style.caption(figure, f"Right of zero: {better.format(' or '.join(style.look(m)[0] for m in sorted(ahead)) or 'the reference')}. "
-                              f"Filled: p < {alpha:g}, paired t over at least {FEW} seeds, Holm's correction.{cut}")
+                              f"Filled: p < {alpha:g} and interval off zero, paired t over at least {FEW} seeds, Holm's correction.{cut}")
     return list(grid[0])

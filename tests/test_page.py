@@ -97,7 +97,7 @@ def test_files_that_have_gone_are_named_on_the_cards(mine, tmp_path, monkeypatch
     assert found and all("picture not at hand: no such file: " in card and "&lt;script&gt;" in card for card in found)
     (mine/"train").rename(mine/"gone")
     (mine/"test/GQA/test.json").write_text("no list")
-    assert any("(question not at hand: mine/test has it no more)" in text for text, _ in examples.asked(load_run(run)).values())
+    assert any("(question not at hand: mine/test/GQA/test.json cannot be read: " in text for text, _ in examples.asked(load_run(run)).values())
     mine.rename(tmp_path/"elsewhere")
     text = shown(run, tmp_path/"page.html")
     assert all("(question not at hand: mine is gone)" in card for card in headers(text)) and str(tmp_path) not in text

@@ -143,11 +143,11 @@ def test_dry_runs_start_nothing(place):
 
 
 def test_a_reference_that_does_not_run_is_refused_beforehand(place):
-    "Asked for, it must be among the methods; not asked for, the first stands in for StrLoRA, and that is said."
+    "Asked for, it must be among the methods; not asked for, the first that is no bound stands in for StrLoRA, and that is said."
     code, out, err = said("compare", "lora", "--seeds", "0", "--reference", "joint", "--dry-run")
     assert code == 2 and not out and err.count("\n") == 1
     assert all(word in err for word in ("--reference", "expected", "found joint", "strlora compare joint lora"))
-    for words, reference in ((["joint", "lora"], "joint, the first"), (["joint", "lora", "--reference", "lora"], ""),
+    for words, reference in ((["joint", "ewc", "lora"], "ewc"), (["joint", "lora", "--reference", "lora"], ""),
                              (["lora", "strlora"], ""), (["lora"], "")):
         code, out, err = said("compare", *words, "--seeds", "0", "--dry-run", "--json")
         assert code == 0 and json.loads(out) and (reference in err if reference else "reference" not in err), err

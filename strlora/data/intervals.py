@@ -104,6 +104,7 @@ def spread(
     drawn: Sequence[np.ndarray],  # n arrays of its draws, from `bootstrap`
 ) -> tuple[float, float]:         # low, high
     "The 95 % interval of a mean over seeds and samples, no narrower than Student's over the seeds; with one seed over its samples."
+    if np.isnan(values).any(): return float("nan"), float("nan")
     low, high = interval(drawn)
     if len(values) < 2: return low, high
     from_seeds = t_interval(values)
