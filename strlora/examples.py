@@ -77,9 +77,9 @@ def in_files(
             for i, row in enumerate(records(folder, file)): found[row["id"]] = sample_of(row, Path(images or folder/"images"), file, i)
         except RecordError as error:
             faulty[file] = f"{data}/{file} " + (f"cannot be read: {error.found}" if (folder/file).exists() else "is gone")
+    unread = "; ".join(fault for fault in faulty.values() if "cannot be read" in fault)  # a task's name need not tell its file
     for row in rows:
         sample, file = found.get(row.sample_id), f"test/{row.task}/test.json"
-        unread = "; ".join(fault for fault in faulty.values() if "cannot be read" in fault)
         gone = faulty.get(file) or unread or f"{data}/test has it no more"
         same = sample is not None and (sample.answer, "\n".join(sample.references)) == (row.answer, row.references)
         known[row.sample_id] = (sample.instruction, sample.images[0]) if sample and same else lost(row, gone)

@@ -127,7 +127,7 @@ def add_studies(
     q = verbs.add_parser("compare", help=COMPARE_HELP, description=f"{COMPARE_HELP[0].upper()}{COMPARE_HELP[1:]}.")
     q.add_argument("methods", nargs="+", metavar="METHOD", help="names from `strlora methods`")
     q.add_argument("--seeds", default="0,1,2", metavar="LIST", help="seeds, separated by commas (default: 0,1,2)")
-    q.add_argument("--reference", metavar="METHOD", help="the one that others are compared with (default: strlora, else the first)")
+    q.add_argument("--reference", metavar="METHOD", help="whom to compare with (default: strlora, else the first that is no bound)")
     for p in verbs.choices["tune"], a, q:
         p.add_argument("--stream", metavar="NAME", help="name of the stream (default: windows)")
         p.add_argument("--data", metavar="DIR", help="a stream in files instead, as for `strlora run`")
